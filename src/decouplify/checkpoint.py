@@ -1,0 +1,150 @@
+"""Save and load wrapped models: a safetensors file whose metadata repeats the surgery. Nothing in it is code."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from decouplify._version import __version__
+from decouplify.decoupling import Decoupling, decoupling_of
+from decouplify.errors import CheckpointError
+from decouplify.plan import Plan
+from decouplify.surgery import unwrap, wrap
+
+__all__ = ["load", "read_record", "save"]
+
+_FORMAT = 1
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
+    """Write a wrapped model to a file, which appears whole or not at all.
+
+    Args:
+        model: A wrapped model.
+        path: Where to; a ``.safetensors`` file.
+        extra: More facts for the record (data set, accuracy, ...), anything JSON can hold.
+
+    Raises:
+        ValueError: If the model is not wrapped.
+    """
+    decoupling = decoupling_of(model, "save")
+    owner = next(m for m in model.modules() if getattr(m, "decoupling", None) is decoupling)
+    record = {
+        "format": _FORMAT,
+        "decouplify": __version__,
+        "torch": torch.__version__,
+        "n_classes": decoupling.n_classes,
+        "plan": decoupling.plan.to_dict(),
+        "extra": dict(extra or {}),
+    }
+    # Tensors may share memory (tied weights); a file holds each by itself.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in owner.state_dict().items()}
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, suffix=".part", delete=False) as part:
+        pass
+    try:
+        save_file(tensors, part.name, metadata={"decouplify": json.dumps(record)})
+        os.replace(part.name, target)
+    finally:
+        Path(part.name).unlink(missing_ok=True)
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The facts stored with a checkpoint: format, versions, ``n_classes``, ``plan`` and ``extra``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is not a decouplify checkpoint.
+    """
+    return _read(path)[0]
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """The given model, wrapped as the saved one was and with its weights.
+
+    Args:
+        model: A fresh, unwrapped model of the saved architecture; changed in place.
+        path: A file written by ``save``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is not a decouplify checkpoint or does not fit. The model is then unchanged.
+        PlanError: If the model is wrapped already.
+    """
+    record, tensors = _read(path)
+    plan = Plan.from_dict(record["plan"])
+    options = {name: getattr(plan.options, name) for name in plan.options.__dataclass_fields__}
+    wrap(model, plan.input_size, **options, n_classes=record["n_classes"], frozen_ok=True, verify=False)
+    try:
+        _check_plan(model, plan, path)
+        _check_tensors(model.state_dict(), tensors, path)
+    except CheckpointError:
+        unwrap(model)
+        raise
+    model.load_state_dict(tensors)
+    return model
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    if "decouplify" not in metadata:
+        raise CheckpointError(
+            f"{path} holds tensors but no record of a surgery, so it was not written by decouplify.save; load plain weights "
+            "into the model before wrapping it"
+        )
+    record: dict[str, Any] = json.loads(metadata["decouplify"])
+    if record.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} has format {record.get('format')} of decouplify {record.get('decouplify')}; this is {__version__}, "
+            f"which reads format {_FORMAT}"
+        )
+    return record, tensors
+
+
+def _check_plan(model: nn.Module, saved: Plan, path: Any) -> None:
+    decoupling = model.decoupling
+    assert isinstance(decoupling, Decoupling)
+    ours = {(gate.name, gate.n_inputs, gate.n_filters) for gate in decoupling.plan.gates}
+    theirs = {(gate.name, gate.n_inputs, gate.n_filters) for gate in saved.gates}
+    if ours != theirs:
+        missing, added = sorted(theirs - ours), sorted(ours - theirs)
+        raise CheckpointError(
+            f"{path} was saved from {saved.model} with {len(theirs)} gates, {decoupling.plan.model} has {len(ours)}. Only in "
+            f"the file: {_some(missing)}; only in the model: {_some(added)}. Build the model that was saved."
+        )
+
+
+def _check_tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: Any) -> None:
+    missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    shapes = [
+        f"{name} {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}"
+        for name in ours.keys() & theirs.keys()
+        if ours[name].shape != theirs[name].shape
+    ]
+    if missing or unknown or shapes:
+        raise CheckpointError(
+            f"{path} does not fit the model. Missing in the file: {_some(missing)}; not in the model: {_some(unknown)}; of "
+            f"another shape: {_some(sorted(shapes))}. Build the model that was saved, with as many classes."
+        )
+
+
+def _some(items: list[Any]) -> str:
+    if not items:
+        return "nothing"
+    return ", ".join(str(item) for item in items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

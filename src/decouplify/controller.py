@@ -1,0 +1,98 @@
+"""The architecture controller: which filters of a convolution should this image use? (paper, section 3.1)"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ArchitectureController", "binarise", "improved_semhash"]
+
+
+def improved_semhash(g: Tensor, noise: float = 1.0) -> Tensor:
+    """Gate values for training: soft for one half of the images, binary for the other (Eq. 3-4).
+
+    ``t = g + noise * N(0, 1)``; ``v1 = clip(1.2 sigmoid(t) - 0.1, 0, 1)``; ``v2 = 1[t > 0]``. A random half of the
+    images gets v1, the other v2; with an odd number a coin decides about the odd one. The gradient is that of v1 for
+    all: v1 is flat beyond |t| = 2.4, so gates far on one side stop learning.
+
+    Args:
+        g: Logits, shape (N, K).
+        noise: Standard deviation of the noise; 1 in the paper, annealed to 0 near the end of training.
+
+    Returns:
+        Shape (N, K), in [0, 1].
+    """
+    t = g + noise * torch.randn_like(g) if noise > 0 else g
+    soft = (1.2 * torch.sigmoid(t) - 0.1).clamp(0, 1)
+    return torch.where(_random_half(len(g), g.device)[:, None], soft, straight_through(t, soft))
+
+
+def straight_through(t: Tensor, soft: Tensor) -> Tensor:
+    """``1[t > 0]`` with the gradient of ``soft``; ``soft`` itself where ``t`` is NaN."""
+    hard = torch.where(t.isnan(), t, (t > 0).to(t.dtype))
+    return soft + (hard - soft).detach()
+
+
+def _random_half(n: int, device: torch.device) -> Tensor:
+    """A boolean mask with n // 2 ones, or one more with probability 1/2 if n is odd."""
+    rank = torch.rand(n, device=device).argsort()
+    coin = torch.randint(2, (), device=device)
+    return 2 * rank + coin < n
+
+
+def binarise(g: Tensor) -> Tensor:
+    """Gate values for evaluation, ``1[g > 0]`` (Eq. 5). NaN stays NaN, so that a broken input does not pass unseen."""
+    return torch.where(g.isnan(), g, (g > 0).to(g.dtype))
+
+
+class ArchitectureController(nn.Module):
+    """Pools a convolution's input and decides about its filters, ``g = W2 relu(W1 s) + b`` (Eq. 2).
+
+    Everything is computed in float32, whatever autocast says and whatever the parameters' type: near the threshold
+    half precision flips gates.
+
+    Args:
+        n_inputs: Channels C of the convolution's input.
+        n_filters: Filters K to decide about.
+        reduction: Input channels per hidden unit.
+        bias: Initial output bias in logits. A positive bias starts with W2 = 0: g equals the bias for *every* image, all
+            gates are open and the network is unchanged. W2 learns from the first step, W1 from the second.
+        input_norm: Normalise s over the batch first (not in the paper).
+        input_axis: Channel axis of the input: 1 for (N, C, H, W), -1 for (N, H, W, C).
+    """
+
+    def __init__(
+        self, n_inputs: int, n_filters: int, reduction: int, bias: float, input_norm: bool, input_axis: int = 1
+    ) -> None:
+        super().__init__()
+        hidden = max(1, n_inputs // reduction)
+        self.input_axis = input_axis
+        self.norm = nn.BatchNorm1d(n_inputs, affine=False) if input_norm else None
+        self.fc1 = nn.Linear(n_inputs, hidden)
+        self.fc2 = nn.Linear(hidden, n_filters)
+        with torch.no_grad():
+            self.fc2.bias.fill_(bias)
+            if bias > 0:
+                self.fc2.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits g, shape (N, K), float32.
+
+        Args:
+            x: The convolution's input, shape (N, C, H, W), or (N, H, W, C) if ``input_axis`` is -1.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            s = x.mean(dim=(2, 3) if self.input_axis == 1 else (1, 2), dtype=torch.float32)
+            s = s if self.norm is None else self._normalise(s)
+            hidden = torch.relu(F.linear(s, self.fc1.weight.float(), self.fc1.bias.float()))
+            return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float())
+
+    def _normalise(self, s: Tensor) -> Tensor:
+        assert self.norm is not None
+        if self.training and len(s) > 1:
+            return self.norm(s)
+        # One image has no batch statistics: use the running ones rather than fail.
+        mean, var = self.norm.running_mean, self.norm.running_var
+        assert mean is not None and var is not None
+        return (s - mean.float()) * torch.rsqrt(var.float() + self.norm.eps)

@@ -1,0 +1,171 @@
+"""Multiply-accumulates that one image needs, as a function of its gates; the only cost model of the library.
+
+A convolution computes its *open* filters from the input channels that *exist*: those that are not known to be zero. A
+filter is not computed if its gate is closed; a channel does not exist if all gates of its set (see ``flow``) are
+closed. Counted are convolutions, linear layers and the controllers; sums, norms and activations are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from decouplify import aten
+from decouplify.flow import Flow, GateSet, gate_columns
+from decouplify.plan import Plan
+from decouplify.sites import Matching, n_macs
+from decouplify.trace import Trace
+
+__all__ = ["CostModel", "Reader", "channels_exist", "find_readers"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A convolution or linear layer as the cost model sees it.
+
+    Attributes:
+        node: Name of the node in the recorded graph.
+        name: Name of the module.
+        n_positions: Multiply-accumulates per pair of one filter and one input channel.
+        n_inputs: Input channels.
+        n_outputs: Filters.
+        groups: Groups of the convolution.
+        exists: For each input channel its gate set.
+        gate: Gate that decides which filters are computed, None if all are.
+    """
+
+    node: str
+    name: str
+    n_positions: int
+    n_inputs: int
+    n_outputs: int
+    groups: int
+    exists: tuple[GateSet, ...]
+    gate: str | None
+
+    @property
+    def n_macs(self) -> int:
+        """Multiply-accumulates with all filters and all channels."""
+        return self.n_positions * self.n_outputs * self.n_inputs // self.groups
+
+
+def find_readers(trace: Trace, matching: Matching, flow: Flow) -> list[Reader]:
+    """Every operator whose multiply-accumulates are counted, in execution order."""
+    gate_of = {site.name: site.gate if site.skips else None for site in matching.plan.sites}
+    site_of = {node: name for name, node in matching.convs.items()}
+    readers = []
+    for node in trace.graph.nodes:
+        if aten.name_of(node) in aten.COUNTED and isinstance(node.args[0], Node):
+            site = site_of.get(node)
+            readers.append(_reader(trace, flow, node, gate_of[site] if site is not None else None))
+    return readers
+
+
+def _reader(trace: Trace, flow: Flow, node: Node, gate: str | None) -> Reader:
+    data, weight = node.args[:2]
+    assert isinstance(data, Node) and isinstance(weight, Node)
+    shape = aten.value_of(weight).shape
+    is_linear = aten.name_of(node) in aten.LINEAR
+    understood = is_linear or (aten.name_of(node) in aten.CONV2D and not aten.argument(node, "transposed", False))
+    groups = aten.conv_arguments(node)[3] if understood and not is_linear else 1
+    n_inputs = int(shape[1]) * groups
+    sets = flow.channels(data, -1 if is_linear else 1) if understood else [None] * n_inputs
+    n_positions = n_macs(node) * groups // (int(shape[0]) * n_inputs)
+    return Reader(node.name, trace.owner_of(node), n_positions, n_inputs, int(shape[0]), groups, tuple(sets), gate)
+
+
+def channels_exist(gates: Tensor, columns: Tensor) -> Tensor:
+    """Whether (or how likely) each channel exists, 1 - prod over its gate set of (1 - z).
+
+    Args:
+        gates: Gate values with two columns appended, one of zeros and one of ones, shape (N, F + 2), in [0, 1].
+        columns: For each channel the columns of its gate set, shape (C, M), padded with the column of zeros.
+
+    Returns:
+        Shape (N, C). For binary gates exactly 0 or 1; in between it is differentiable.
+    """
+    return 1 - torch.prod(1 - gates[:, columns], dim=-1)
+
+
+class CostModel:
+    """Dense and executed multiply-accumulates of one network under its gates.
+
+    Attributes:
+        n_dense: Multiply-accumulates of the original network for one image.
+        n_controllers: Multiply-accumulates of all controllers for one image.
+        readers: What is counted, in execution order.
+    """
+
+    def __init__(self, plan: Plan, readers: list[Reader], columns: dict[str, range]) -> None:
+        self.readers = tuple(readers)
+        self.n_dense = sum(reader.n_macs for reader in readers)
+        self.n_controllers = sum(self._controller_macs(plan, g.n_inputs, g.n_filters) for g in plan.gates)
+        self._columns = columns
+        self._n_filters = plan.n_filters
+        self._index: dict[tuple[int, torch.device], Tensor | None] = {}
+
+    @classmethod
+    def of(cls, trace: Trace, matching: Matching) -> CostModel:
+        """The cost model of a recorded run."""
+        flow = Flow(trace, matching)
+        return cls(matching.plan, find_readers(trace, matching, flow), gate_columns(matching))
+
+    def executed(self, gates: Tensor) -> Tensor:
+        """Multiply-accumulates per image, controllers included.
+
+        Args:
+            gates: All gates concatenated in the order of the plan, shape (N, F), in [0, 1].
+
+        Returns:
+            Shape (N,), in the precision of ``gates`` (use float64 for exact counts), differentiable.
+        """
+        return sum(
+            (self.of_reader(i, gates) for i in range(len(self.readers))), self.n_controllers + gates[:, :0].sum(1)
+        )
+
+    def of_reader(self, i: int, gates: Tensor) -> Tensor:
+        """Executed multiply-accumulates of one reader, shape (N,)."""
+        reader = self.readers[i]
+        n_open = self._per_group(self._open(reader, gates), reader.groups)
+        n_existing = self._per_group(self._existing(i, gates), reader.groups)
+        return reader.n_positions * (n_open * n_existing).sum(1)
+
+    def _open(self, reader: Reader, gates: Tensor) -> Tensor:
+        if reader.gate is None:
+            return gates.new_ones(len(gates), reader.n_outputs)
+        columns = self._columns[reader.gate]
+        return gates[:, columns.start : columns.stop]
+
+    def _existing(self, i: int, gates: Tensor) -> Tensor:
+        reader = self.readers[i]
+        columns = self.columns_of(i, gates.device)
+        if columns is None:
+            return gates.new_ones(len(gates), reader.n_inputs)
+        padded = torch.cat([gates, gates.new_zeros(len(gates), 1), gates.new_ones(len(gates), 1)], 1)
+        return channels_exist(padded, columns)
+
+    def columns_of(self, i: int, device: torch.device) -> Tensor | None:
+        """Index matrix of a reader's input channels for ``channels_exist``; None if every channel always exists."""
+        key = (i, device)
+        if key not in self._index:
+            sets = self.readers[i].exists
+            self._index[key] = None if all(s is None for s in sets) else self._index_matrix(sets).to(device)
+        return self._index[key]
+
+    def _index_matrix(self, sets: tuple[GateSet, ...]) -> Tensor:
+        never, always = self._n_filters, self._n_filters + 1
+        rows = [[always] if s is None else sorted(s) for s in sets]
+        width = max(1, *(len(row) for row in rows))
+        return torch.tensor([row + [never] * (width - len(row)) for row in rows])
+
+    @staticmethod
+    def _per_group(channels: Tensor, groups: int) -> Tensor:
+        return channels.view(len(channels), groups, -1).sum(2)
+
+    @staticmethod
+    def _controller_macs(plan: Plan, n_inputs: int, n_filters: int) -> int:
+        hidden = max(1, n_inputs // plan.options.reduction)
+        return hidden * (n_inputs + n_filters)

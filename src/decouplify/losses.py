@@ -1,0 +1,395 @@
+"""The three losses that train the gates (paper, section 3.2), and the one object that adds them to a training loop.
+
+The plain functions are the paper's terms for one gate. ``DecouplingLoss`` collects gates and pooled outputs of the last
+forward and sums the terms over all gates. Where the terms as printed do not train gates in practice, the default
+departs from the paper and ``literal=True`` restores it; each departure is named where it is made.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from decouplify.decoupling import Decoupling, Forward, decoupling_of, module_key
+from decouplify.errors import NonFiniteError
+
+__all__ = ["DecouplingLoss", "Terms", "kl_divergence", "mutual_information", "parse_target", "sparsity"]
+
+Target = float | str | Mapping[str, float] | None
+
+
+def mutual_information(z: Tensor, head: nn.Linear, attribute: Tensor, literal: bool = False) -> Tensor:
+    """Cross entropy of telling the attribute from the gates, a bound on ``-I(attribute; z)`` up to a constant (Eq. 9).
+
+    Minimising it over the head makes the bound tight, minimising it over the gates makes them informative. As printed
+    both get the gradient times lambda_m, so with lambda_m = 0.01 the head stays at chance for many epochs and tells
+    the gates nothing. Default: the *returned value* is that of Eq. 9 and its gradient into z is that of Eq. 9 through a
+    frozen head; ``fit_head`` trains the head on detached gates.
+
+    Args:
+        z: Gate values of one gate, shape (N, K).
+        head: Q, a linear layer from K gates to the values of the attribute.
+        attribute: Class indices, shape (N,), or soft labels, shape (N, classes).
+        literal: Let the gradient into the head pass as printed.
+
+    Returns:
+        Scalar, in nats, mean over images.
+    """
+    if literal:
+        return F.cross_entropy(head(z), attribute)
+    bias = None if head.bias is None else head.bias.detach()
+    return F.cross_entropy(F.linear(z, head.weight.detach(), bias), attribute)
+
+
+def fit_head(z: Tensor, head: nn.Linear, attribute: Tensor) -> Tensor:
+    """A term of value zero whose gradient trains the head on the gates at the full learning rate."""
+    loss = F.cross_entropy(head(z.detach()), attribute)
+    return loss - loss.detach()
+
+
+def kl_divergence(z: Tensor, y: Tensor, literal: bool = False) -> Tensor:
+    """KL divergence of the selection from the responses, ``KL(z || y)`` (Eq. 10).
+
+    Neither is a distribution as printed; both are divided by their sum. With the gradient into z the term opens every
+    gate (an all-open z is closest to any spread-out y), so by default it only shapes the responses: filters that are
+    selected shall respond.
+
+    Args:
+        z: Gate values, shape (N, K), in [0, 1].
+        y: Mean response per filter before gating, shape (N, K), >= 0.
+        literal: Let the gradient into z pass, as printed.
+
+    Returns:
+        Scalar >= 0, in nats, mean over images. Images with all gates closed contribute 0.
+    """
+    eps = 1e-6
+    z = z if literal else z.detach()
+    p = z / z.sum(1, keepdim=True).clamp_min(eps)
+    q = (y + eps) / (y + eps).sum(1, keepdim=True)
+    return torch.xlogy(p, p).sum(1).sub((p * q.log()).sum(1)).mean()
+
+
+def sparsity(z: Tensor, keep_ratio: float = 0.0, literal: bool = False) -> Tensor:
+    """Distance of the number of open filters from its target, ``| mean ||z||_1 - R K |`` (Eq. 11).
+
+    Printed without the absolute value, R would be a constant without effect on the gradient. The mean over images
+    comes first, so that images may differ as long as the average fits.
+
+    Args:
+        z: Gate values, shape (N, K), in [0, 1].
+        keep_ratio: R, target share of open filters, in [0, 1].
+        literal: ``||z||_1 - R K`` as printed.
+
+    Returns:
+        Scalar, in filters.
+    """
+    deviation = z.sum(1).mean() - keep_ratio * z.shape[1]
+    return deviation if literal else deviation.abs()
+
+
+def parse_target(target: Target) -> tuple[float | None, Mapping[str, float] | None]:
+    """Read a target as (share of MACs, None), (None, keep ratio by glob), or (None, None).
+
+    Raises:
+        ValueError: If it is neither a keep ratio in (0, 1], a MAC reduction such as "2.0x", nor a mapping of them.
+    """
+    if target is None:
+        return None, None
+    if isinstance(target, str):
+        try:
+            reduction = float(target.removesuffix("x"))
+        except ValueError:
+            reduction = 0.0
+        if not target.endswith("x") or not reduction >= 1:
+            raise ValueError(f'target={target!r}: a MAC reduction is written like "2.0x" and is at least "1x"')
+        return 1 / reduction, None
+    ratios = target if isinstance(target, Mapping) else {"*": target}
+    for pattern, ratio in ratios.items():
+        if not 0 <= float(ratio) <= 1:
+            raise ValueError(
+                f"target={target!r}: the keep ratio {ratio!r} for {pattern!r} is not in [0, 1]; for a MAC reduction give "
+                'a string such as "2.0x"'
+            )
+    return None, dict(ratios)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of one step, unweighted and detached.
+
+    Attributes:
+        mutual_information: Sum over gates, in nats.
+        kl: Sum over gates, in nats.
+        sparsity: In filters, see ``DecouplingLoss``.
+        keep_ratio: Open gates / gates of this batch.
+        macs: Executed / dense multiply-accumulates of this batch, NaN unless the target is a MAC reduction.
+        by_gate: Term name to gate name to value, empty unless ``per_gate=True``.
+    """
+
+    mutual_information: Tensor
+    kl: Tensor
+    sparsity: Tensor
+    keep_ratio: Tensor
+    macs: Tensor
+    by_gate: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+class DecouplingLoss:
+    """The loss that is added to the task's own: call it with the labels after each forward in training mode.
+
+        criterion = DecouplingLoss(model, target="2.0x")
+        loss = F.cross_entropy(model(images), labels) + criterion(labels)
+
+    The value is ``lambda_m MI + lambda_k KL + lambda_s Sparse`` (Eq. 12 without the task's cross entropy), each summed
+    over gates and averaged over images.
+
+    Departures from the paper, undone by ``literal=True``: the heads of the MI term learn at the full rate, not
+    at lambda_m times it; the KL term's gradient does not enter the gates; the target is a deviation in absolute value.
+    The default weights are those that select filters per image in schedules of tens of epochs. The paper's are
+    ``mutual_information=0.01, kl=1.0, sparsity=1.5e-4, literal=True`` (CIFAR-10, ResNet-56, 200 epochs).
+
+    Args:
+        model: A wrapped model, or one in DistributedDataParallel or torch.compile.
+        mutual_information: lambda_m; 0 switches the term off.
+        kl: lambda_k; 0 switches the term off and saves the pooling of outputs.
+        sparsity: lambda_s per filter; 0 switches the term off.
+        target: What the sparse term aims at. None: as few open filters as the other terms let it (R = 0). A number or a
+            mapping of gate globs to numbers: the keep ratio R of every gate. A string such as "2.0x": a reduction of
+            executed MACs; the term is then the relative deviation of MACs times the number of filters, its value taken
+            from noise-free gates and its gradient from the training gates.
+        literal: The paper's terms as printed.
+        per_gate: Fill ``terms.by_gate``.
+        check_finite: Raise when the loss is not finite. Costs one synchronisation per step on a GPU.
+
+    Attributes:
+        terms: ``Terms`` of the last call, None before.
+        target_scale: Scales the distance that a MAC target asks for: 0 asks for nothing yet, 1 for all of it. Raise it
+            over the first third of training.
+
+    Raises:
+        ValueError: If the model is not wrapped, a weight is negative, or the target cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mutual_information: float = 0.03,
+        kl: float = 0.01,
+        sparsity: float = 1e-3,
+        target: Target = None,
+        *,
+        literal: bool = False,
+        per_gate: bool = False,
+        check_finite: bool = True,
+    ) -> None:
+        for name, weight in (("mutual_information", mutual_information), ("kl", kl), ("sparsity", sparsity)):
+            if not weight >= 0:
+                raise ValueError(f"DecouplingLoss: {name}={weight} must be a number >= 0")
+        self._decoupling = decoupling_of(model, "DecouplingLoss")
+        self.mutual_information, self.kl, self.sparsity = mutual_information, kl, sparsity
+        self.literal, self.per_gate, self.check_finite = literal, per_gate, check_finite
+        self.target_macs, self._ratios = parse_target(target)
+        self.target_scale = 1.0
+        self.terms: Terms | None = None
+        self._decoupling.collects_outputs = kl > 0
+        if mutual_information > 0 and self._decoupling.n_classes is None:
+            raise ValueError(
+                "DecouplingLoss: the model does not output (N, classes), so there are no heads for the "
+                "mutual-information term; say wrap(model, n_classes=...) or mutual_information=0"
+            )
+        self._check_globs()
+
+    def __call__(self, labels: Tensor | None = None) -> Tensor:
+        """The weighted sum of the terms for the last forward, which is then forgotten.
+
+        Args:
+            labels: Class indices (N,), soft labels (N, classes), or any other discrete attribute with at most
+                ``n_classes`` values. Only the mutual-information term needs them.
+
+        Returns:
+            Scalar with a gradient into controllers, heads and features.
+
+        Raises:
+            RuntimeError: If there was no forward in training mode since the last call, or no gate has a gradient.
+            ValueError: If the labels do not fit the forward or the heads.
+            NonFiniteError: If a term is NaN or infinite.
+        """
+        forward = self._decoupling.last_forward()
+        self._check_forward(forward)
+        gates = self._decoupling.gates()
+        self._check_labels(labels, len(next(iter(gates.values()))))
+        by_gate = {
+            "mutual_information": self._mutual_information(gates, labels),
+            "kl": self._kl(forward) if self.kl > 0 else {},
+        }
+        macs = self._macs(forward) if self.target_macs is not None else None
+        if macs is None:
+            by_gate["sparsity"] = self._sparsity(gates)
+        self._decoupling.drop_forward()
+        return self._total(by_gate, gates, macs, labels)
+
+    def _total(
+        self,
+        by_gate: dict[str, dict[str, Tensor]],
+        gates: dict[str, Tensor],
+        macs: Tensor | None,
+        labels: Tensor | None,
+    ) -> Tensor:
+        zero = next(iter(gates.values())).new_zeros(())
+        sums = {name: sum(values.values(), zero) for name, values in by_gate.items()}
+        if macs is not None:
+            sums["sparsity"] = self._deviation(macs)
+        total = self.mutual_information * sums["mutual_information"] + self.kl * sums["kl"]
+        total = total + self.sparsity * sums["sparsity"]
+        if self.mutual_information > 0 and not self.literal:
+            assert labels is not None
+            total = total + sum(fit_head(z, self._head(name), labels) for name, z in gates.items())
+        if self.check_finite and not bool(total.isfinite()):
+            raise NonFiniteError(self._describe_non_finite(by_gate, gates))
+        n_filters = sum(z.shape[1] for z in gates.values())
+        self.terms = Terms(
+            **{name: value.detach() for name, value in sums.items()},
+            keep_ratio=sum((z.detach().sum(1).mean() for z in gates.values()), zero) / n_filters,
+            macs=zero.new_tensor(float("nan")) if macs is None else macs.detach(),
+            by_gate=self._detached(by_gate) if self.per_gate else {},
+        )
+        return total
+
+    @staticmethod
+    def _detached(by_gate: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        return {term: {name: v.detach() for name, v in values.items()} for term, values in by_gate.items()}
+
+    def _mutual_information(self, gates: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+        if self.mutual_information == 0 or labels is None:
+            return {}
+        return {name: mutual_information(z, self._head(name), labels, self.literal) for name, z in gates.items()}
+
+    def _kl(self, forward: Forward) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        for (name, _), y in forward.pooled.items():
+            divergence = kl_divergence(forward.gates[name], y, self.literal)
+            terms[name] = terms[name] + divergence if name in terms else divergence
+        return terms
+
+    def _sparsity(self, gates: dict[str, Tensor]) -> dict[str, Tensor]:
+        literal = self.literal and self._ratios is None
+        return {name: sparsity(z, self._keep_ratio(name), literal) for name, z in gates.items()}
+
+    def _keep_ratio(self, name: str) -> float:
+        ratios = self._ratios or {}
+        return next((float(r) for pattern, r in ratios.items() if fnmatch.fnmatch(name, pattern)), 0.0)
+
+    def _macs(self, forward: Forward) -> Tensor:
+        """Executed / dense MACs, mean over images: value from noise-free gates, gradient from training gates.
+
+        Noise makes training gates close or open where evaluation would not; steering by them misses the target.
+        """
+        costs = self._decoupling.costs
+        soft = costs.executed(self._decoupling.path()).mean() / costs.n_dense
+        with torch.no_grad():
+            logits = torch.cat([forward.logits[gate.name] for gate in self._decoupling.plan.gates], 1)
+            hard = costs.executed((logits > 0).float()).mean() / costs.n_dense
+        return soft + (hard - soft).detach()
+
+    def _deviation(self, macs: Tensor) -> Tensor:
+        """Relative distance from the (ramped) target, in filters, so that lambda_s means the same for every target."""
+        assert self.target_macs is not None
+        target = 1 + self.target_scale * (self.target_macs - 1)
+        return (macs / target - 1).abs() * self._decoupling.plan.n_filters
+
+    def _head(self, name: str) -> nn.Linear:
+        head = self._decoupling.heads[module_key(name)]
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def _check_globs(self) -> None:
+        names = [gate.name for gate in self._decoupling.plan.gates]
+        for pattern in self._ratios or {}:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(
+                    f"DecouplingLoss: target for {pattern!r} matches no gate; the gates are {', '.join(names)}"
+                )
+
+    def _check_forward(self, forward: Forward) -> None:
+        plan = self._decoupling.plan
+        if not forward.gates:
+            raise RuntimeError(
+                "DecouplingLoss: no forward to judge. Call model(images) before criterion(labels), once per call and in "
+                "the same thread."
+            )
+        if not forward.training:
+            raise RuntimeError("DecouplingLoss: the model was in eval mode; call model.train() before the forward")
+        missing = [gate.name for gate in plan.gates if gate.name not in forward.gates]
+        if missing:
+            raise RuntimeError(
+                f"DecouplingLoss: the last forward did not reach {len(missing)} of {len(plan.gates)} gates (first: "
+                f"{missing[0]}); run the whole model"
+            )
+        if not any(z.requires_grad for z in forward.gates.values()):
+            raise RuntimeError(
+                "DecouplingLoss: no gate has a gradient. The forward ran under no_grad (or reentrant checkpointing), or the "
+                "controllers are frozen; call model.decoupling.requires_grad_(True)."
+            )
+
+    def _check_labels(self, labels: Tensor | None, n_images: int) -> None:
+        if self.mutual_information == 0:
+            return
+        n_classes = self._decoupling.n_classes
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"DecouplingLoss: labels {labels!r} given; a tensor (N,) or (N, {n_classes}) wanted")
+        if len(labels) != n_images or labels.dim() not in (1, 2):
+            raise ValueError(
+                f"DecouplingLoss: labels of shape {tuple(labels.shape)} given for a forward of {n_images} images; "
+                f"({n_images},) or ({n_images}, {n_classes}) wanted"
+            )
+        if labels.dim() == 2 and labels.shape[1] != n_classes:
+            raise ValueError(f"DecouplingLoss: soft labels for {labels.shape[1]} classes, heads for {n_classes}")
+        if labels.dim() == 1 and labels.is_floating_point():
+            raise ValueError("DecouplingLoss: labels (N,) must be integer class indices; cast them with labels.long()")
+        if labels.dim() == 1 and self.check_finite and not bool(((labels >= 0) & (labels < (n_classes or 0))).all()):
+            raise ValueError(
+                f"DecouplingLoss: labels from {int(labels.min())} to {int(labels.max())} given, the heads know 0 to "
+                f"{(n_classes or 0) - 1}; for another attribute say wrap(model, n_classes=...)"
+            )
+
+    @staticmethod
+    def _describe_non_finite(by_gate: dict[str, dict[str, Tensor]], gates: dict[str, Tensor]) -> str:
+        bad_gates = [name for name, z in gates.items() if not bool(z.isfinite().all())]
+        bad_terms = [f"{term} of {n}" for term, vs in by_gate.items() for n, v in vs.items() if not bool(v.isfinite())]
+        where = (
+            f"the gates of {bad_gates[0]} are not finite" if bad_gates else f"first in {(bad_terms or ['the MACs'])[0]}"
+        )
+        return (
+            f"DecouplingLoss: the loss is not finite; {where}. Look for NaN or infinity in the images, or lower the "
+            "learning rate."
+        )
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, gate_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Optimiser groups: the network, and controllers and heads at a learning rate of their own, without weight decay.
+
+    Args:
+        model: A wrapped model.
+        lr: Learning rate of the network.
+        weight_decay: Weight decay of the network. Controllers have none: it would pull their logits to the threshold.
+        gate_lr: Learning rate of controllers and heads, by default 10 ``lr``, the change that helped most in practice.
+
+    Returns:
+        Two groups for any torch optimiser, every trainable parameter in exactly one.
+    """
+    decoupling: Decoupling = decoupling_of(model, "parameter_groups")
+    ours = {id(p) for p in decoupling.parameters()}
+    network = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    gates = [p for p in decoupling.parameters() if p.requires_grad]
+    return [
+        {"params": network, "lr": lr, "weight_decay": weight_decay},
+        {"params": gates, "lr": 10 * lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,30 @@
+"""Calculation paths: record them, keep them on disk, and read a network off them.
+
+``record`` runs a wrapped model and returns a ``PathSet``: per image, which filters were open. A path set answers simple
+questions itself (rates, filter states, distances); ``path_map`` draws it, ``class_information`` relates it to classes.
+"""
+
+from decouplify.paths.information import ClassInformation, class_information, class_prototypes
+from decouplify.paths.maps import PathMap, path_map
+from decouplify.paths.pathset import GroupRates, LayerSpec, PathSet
+from decouplify.paths.record import RunningIdsWarning, record
+from decouplify.paths.states import DYNAMIC, ENERGETIC, SILENT, ActivationHistogram, FilterStates, LayerStates
+
+__all__ = [
+    "DYNAMIC",
+    "ENERGETIC",
+    "SILENT",
+    "ActivationHistogram",
+    "ClassInformation",
+    "FilterStates",
+    "GroupRates",
+    "LayerSpec",
+    "LayerStates",
+    "PathMap",
+    "PathSet",
+    "RunningIdsWarning",
+    "class_information",
+    "class_prototypes",
+    "path_map",
+    "record",
+]

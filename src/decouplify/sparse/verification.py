@@ -1,0 +1,176 @@
+"""Compare the masked and the sparse form of a model, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from decouplify.decoupling import Decoupling, decoupling_of
+from decouplify.errors import NonFiniteError, VerificationError
+from decouplify.plan import End
+from decouplify.sparse.model import SparseModel
+from decouplify.surgery import eval_mode
+
+__all__ = ["LayerComparison", "VerificationReport", "verify"]
+
+#: Logits closer to the threshold than this may fall on either side of it under different rounding.
+NEAR_THRESHOLD = 1e-4
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """One gated value in both forms.
+
+    Attributes:
+        module: Where the gate sits.
+        gate: Which gate.
+        error: max |sparse - masked| / max |masked| over all images.
+        n_differing: Gates that differ between the forms, over all images.
+    """
+
+    module: str
+    gate: str
+    error: float
+    n_differing: int
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Result of ``verify``; print it for a table.
+
+    Attributes:
+        layers: One row per gated value, in execution order.
+        output_error: max |sparse - masked| / max |masked| of the output.
+        n_images: Images compared.
+        n_gates: Gate decisions compared.
+        n_near: Decisions that differed but lay within 1e-4 of the threshold; features were then compared with the masked
+            form's gates forced on the sparse form.
+    """
+
+    layers: tuple[LayerComparison, ...]
+    output_error: float
+    n_images: int
+    n_gates: int
+    n_near: int
+
+    @property
+    def max_error(self) -> float:
+        """The largest relative error anywhere."""
+        return max(self.output_error, *(layer.error for layer in self.layers))
+
+    def __str__(self) -> str:
+        worst = max(self.layers, key=lambda layer: layer.error)
+        differing = sum(layer.n_differing for layer in self.layers)
+        return (
+            f"{self.n_images} images: output error {self.output_error:.1e}, worst layer {worst.module} {worst.error:.1e}; "
+            f"{differing} of {self.n_gates} gates differ, {self.n_near} of them within {NEAR_THRESHOLD} of the threshold"
+        )
+
+
+def verify(model: nn.Module, fast: SparseModel, images: Tensor, rtol: float = 1e-5) -> VerificationReport:
+    """Whether the sparse form computes what the masked form does, for every gate, layer and output.
+
+    Args:
+        model: The wrapped model; its modes are kept.
+        fast: Its sparse form.
+        images: Shape (N, C, H, W), finite.
+        rtol: Largest error accepted, relative to the largest magnitude of each value.
+
+    Returns:
+        Errors and gate agreement by layer.
+
+    Raises:
+        VerificationError: If an error exceeds ``rtol``, or a gate differs that is not near its threshold.
+        NonFiniteError: If the images are not finite.
+    """
+    decoupling = decoupling_of(model, "verify")
+    if not bool(images.isfinite().all()):
+        raise NonFiniteError(f"verify: {int((~images.isfinite()).sum())} values of the images are NaN or infinite")
+    if len(images) == 0:
+        raise ValueError("verify: no images given; at least one is needed to compare anything")
+    comparison = _Comparison(decoupling, fast)
+    with eval_mode(model), torch.no_grad():
+        for image in images:
+            comparison.add(model, image[None])
+    report = comparison.report(len(images))
+    _raise_if_different(report, comparison.far, rtol)
+    return report
+
+
+class _Comparison:
+    """Runs both forms image by image, so that no more than one image's features are held."""
+
+    def __init__(self, decoupling: Decoupling, fast: SparseModel) -> None:
+        self.decoupling, self.fast = decoupling, fast
+        self.errors: dict[tuple[str, End], float] = {}
+        self.differing: dict[str, int] = {gate.name: 0 for gate in decoupling.plan.gates}
+        self.far: dict[str, float] = {}
+        self.n_near = 0
+        self.output_error = 0.0
+
+    def add(self, model: nn.Module, image: Tensor) -> None:
+        masked: dict[tuple[str, End], Tensor] = {}
+        with self.decoupling.observed(lambda gate, end, y: masked.__setitem__((gate, end), y.cpu().clone())):
+            expected = model(image)
+        gates = {name: z[0].cpu() for name, z in self.decoupling.gates().items()}
+        self._compare_gates(gates, image.cpu())
+        # With the masked form's gates on both sides, what remains is arithmetic.
+        found: dict[str, Tensor] = {}
+        result = self.fast.run_observed(image.cpu(), found.__setitem__, forced=gates)
+        lowered = self.fast.lowered_for(tuple(image.shape[1:]))
+        for key, y in masked.items():
+            self.errors[key] = max(self.errors.get(key, 0.0), relative_error(found[lowered.ends[key[1]]], y))
+        for a, b in zip(pytree.tree_leaves(result), pytree.tree_leaves(expected), strict=True):
+            if isinstance(b, Tensor):
+                self.output_error = max(self.output_error, relative_error(a, b.cpu()))
+
+    def _compare_gates(self, gates: dict[str, Tensor], image: Tensor) -> None:
+        margins = {name: g[0].cpu() for name, g in self.decoupling.margins().items()}
+        found: dict[str, Tensor] = {}
+        self.fast.run_observed(image, found.__setitem__)
+        nodes = self.fast.lowered_for(tuple(image.shape[1:])).gates
+        earlier_differs = False
+        for name, z in gates.items():
+            wrong = found[nodes[name]] != z
+            self.differing[name] += int(wrong.sum())
+            near = wrong & (margins[name].abs() < NEAR_THRESHOLD)
+            self.n_near += int(near.sum())
+            # Downstream of a near-threshold flip the features differ for real, and so may any gate.
+            if bool((wrong & ~near).any()) and not earlier_differs:
+                self.far[name] = float(margins[name][wrong & ~near].abs().max())
+            earlier_differs = earlier_differs or bool(wrong.any())
+
+    def report(self, n_images: int) -> VerificationReport:
+        layers = tuple(
+            LayerComparison(end.module, gate, error, self.differing[gate]) for (gate, end), error in self.errors.items()
+        )
+        n_gates = n_images * self.decoupling.plan.n_filters
+        return VerificationReport(layers, self.output_error, n_images, n_gates, self.n_near)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """max |found - expected| / max |expected|; 0 if both are zero everywhere, infinite if only ``expected`` is."""
+    difference = float((found - expected).abs().max()) if expected.numel() else 0.0
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return 0.0 if difference == 0.0 else difference / scale if scale > 0 else float("inf")
+
+
+def _raise_if_different(report: VerificationReport, far: dict[str, float], rtol: float) -> None:
+    if far:
+        name, margin = next(iter(far.items()))
+        raise VerificationError(
+            f"verify: gates of '{name}' differ although their logits are up to {margin:.2g} away from the threshold. Was "
+            "the model trained after sparsify? Sparsify it again.",
+            report,
+        )
+    wrong = [layer for layer in report.layers if not layer.error <= rtol]
+    if wrong or not report.output_error <= rtol:
+        first = f"'{wrong[0].module}' by {wrong[0].error:.2g}" if wrong else f"the output by {report.output_error:.2g}"
+        raise VerificationError(
+            f"verify: the sparse form differs from the masked form in {len(wrong)} of {len(report.layers)} layers, first in "
+            f"{first} (relative, {rtol:.0e} allowed). Was the model trained after sparsify? Sparsify it again.",
+            report,
+        )

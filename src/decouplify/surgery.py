@@ -1,0 +1,328 @@
+"""Apply a plan to the user's module tree in place, and undo it exactly.
+
+The model stays the object it was: same class, methods, state_dict keys. What is added is one child, ``decoupling``, and
+forward hooks, which are small picklable objects, so that copies and pickles of a wrapped model are wrapped models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decouplify.aten import name_of
+from decouplify.costs import CostModel
+from decouplify.decoupling import Decoupling
+from decouplify.errors import PlanError
+from decouplify.plan import End, Options, Plan
+from decouplify.sites import Matching, match
+from decouplify.trace import Trace, default_input_size, trace
+
+__all__ = ["eval_mode", "inspect", "record_and_match", "unwrap", "wrap"]
+
+
+def inspect(
+    model: nn.Module,
+    input_size: tuple[int, ...] | None = None,
+    *,
+    skip_first: bool = True,
+    skip_last: bool = False,
+    reduction: int = 4,
+    bias: float = 2.0,
+    input_norm: bool = False,
+    linear_as_conv: bool = False,
+    only: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+) -> Plan:
+    """What ``wrap`` with the same arguments would do; changes nothing. Print it for a table.
+
+    Args:
+        model: A network that takes one image tensor (N, C, H, W).
+        input_size: Size (C, H, W) of one image; by default what a timm model declares, else (channels, 224, 224).
+        skip_first: Leave the convolutions that read the image alone.
+        skip_last: Leave the last convolution alone.
+        reduction: Input channels per hidden unit of a controller.
+        bias: Initial logit of all gates.
+        input_norm: Normalise the controllers' pooled inputs over the batch.
+        linear_as_conv: Also gate linear layers on (N, H, W, C) maps.
+        only: Names or globs of the convolutions to gate (default: all).
+        exclude: Names or globs of convolutions to leave alone.
+
+    Raises:
+        TraceError: If the model does not run on images of this size.
+        PlanError: If the model is wrapped already, has no convolution, or a glob matches none.
+    """
+    options = _options(skip_first, skip_last, reduction, bias, input_norm, linear_as_conv, only, exclude)
+    return record_and_match(model, input_size, options)[1].plan
+
+
+def wrap(
+    model: nn.Module,
+    input_size: tuple[int, ...] | None = None,
+    *,
+    skip_first: bool = True,
+    skip_last: bool = False,
+    reduction: int = 4,
+    bias: float = 2.0,
+    input_norm: bool = False,
+    linear_as_conv: bool = False,
+    only: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    n_classes: int | None = None,
+    frozen_ok: bool = False,
+    verify: bool = True,
+) -> nn.Module:
+    """The same model, with a controller for every convolution that can be gated.
+
+    In place: ``wrap`` returns the object it was given, with one new child ``decoupling`` and forward hooks. All gates
+    start open, so in eval mode the outputs are the same bits as before.
+
+    Args:
+        model: A network that takes one image tensor (N, C, H, W).
+        input_size: See ``inspect``, as for ``skip_first`` ... ``exclude``.
+        skip_first: Leave the convolutions that read the image alone.
+        skip_last: Leave the last convolution alone.
+        reduction: Input channels per hidden unit of a controller.
+        bias: Initial logit of all gates; positive: all open.
+        input_norm: Normalise the controllers' pooled inputs over the batch.
+        linear_as_conv: Also gate linear layers on (N, H, W, C) maps.
+        only: Names or globs of the convolutions to gate (default: all).
+        exclude: Names or globs of convolutions to leave alone.
+        n_classes: Values of the attribute that gates shall tell (mutual-information loss); by default the classes the
+            model outputs. A model that outputs no (N, classes) tensor gets no heads unless this is given.
+        frozen_ok: Accept a model of which no parameter is trained; then only its gates will learn.
+        verify: Run the model twice on random images: with gates open the output must be the same bits, and with random
+            gates every channel predicted to be zero must be zero. Not possible on the meta device.
+
+    Raises:
+        TraceError: If the model does not run on images of this size.
+        PlanError: If the model is wrapped already, has no convolution that can be gated, or is frozen; or if
+            verification fails. The model is unchanged after any error.
+    """
+    options = _options(skip_first, skip_last, reduction, bias, input_norm, linear_as_conv, only, exclude)
+    _check_trainable(model, frozen_ok)
+    recorded, matching = record_and_match(model, input_size, options)
+    _check_not_empty(matching.plan)
+    costs = CostModel.of(recorded, matching)
+    images = _random_images(model, matching.plan) if verify else None
+    before = _outputs(model, images) if images is not None else None
+    decoupling = Decoupling(matching.plan, costs, n_classes if n_classes is not None else matching.plan.n_classes)
+    try:
+        _install(model, decoupling)
+        if images is not None and bias > 0:
+            _check_same_outputs(before, _outputs(model, images))
+        if images is not None:
+            _check_zero_channels(model, decoupling, images)
+    except BaseException:
+        unwrap(model)
+        raise
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The original model again: no hooks of ours, no ``decoupling``; trained weights are kept.
+
+    Raises:
+        ValueError: If the model is not wrapped.
+    """
+    if not isinstance(getattr(model, "decoupling", None), Decoupling):
+        raise ValueError(f"unwrap: {type(model).__name__} is not wrapped")
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                del hooks[key]
+    del model.decoupling
+    return model
+
+
+def record_and_match(model: nn.Module, input_size: tuple[int, ...] | None, options: Options) -> tuple[Trace, Matching]:
+    """The recorded run of an unwrapped model and its sites.
+
+    Raises:
+        TraceError: If the model does not run on images of this size.
+        PlanError: If the model is wrapped already or has no convolution, or a glob matches none.
+    """
+    if any(isinstance(module, Decoupling) for module in model.modules()):
+        raise PlanError(f"{type(model).__name__} is wrapped already; decouplify.unwrap(model) gives the original back")
+    if hasattr(model, "decoupling"):
+        raise PlanError(f"{type(model).__name__} has an attribute 'decoupling' of its own, the name that wrap needs")
+    size = tuple(input_size) if input_size is not None else default_input_size(model)
+    recorded = trace(model, size)
+    matching = match(recorded, options, type(model).__name__)
+    if not matching.plan.sites and not matching.plan.refused:
+        linears = any(name_of(node) == "linear" for node in recorded.graph.nodes)
+        hint = "; its linear layers on (N, H, W, C) maps can be gated with linear_as_conv=True" if linears else ""
+        raise PlanError(f"{type(model).__name__} runs no convolution, so there is nothing to gate{hint}")
+    return recorded, matching
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the duration, then every module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _options(
+    skip_first: bool,
+    skip_last: bool,
+    reduction: int,
+    bias: float,
+    input_norm: bool,
+    linear_as_conv: bool,
+    only: str | Iterable[str],
+    exclude: str | Iterable[str],
+) -> Options:
+    if reduction < 1:
+        raise ValueError(f"reduction={reduction}: a controller needs at least one input channel per hidden unit")
+    globs = [(patterns,) if isinstance(patterns, str) else tuple(patterns) for patterns in (only, exclude)]
+    return Options(skip_first, skip_last, reduction, float(bias), input_norm, linear_as_conv, *globs)
+
+
+def _check_trainable(model: nn.Module, frozen_ok: bool) -> None:
+    parameters = list(model.parameters())
+    if parameters and not frozen_ok and not any(p.requires_grad for p in parameters):
+        raise PlanError(
+            f"all {len(parameters)} parameters of {type(model).__name__} are frozen (requires_grad=False), so the network "
+            "could not adapt to its gates. Call model.requires_grad_(True), or pass frozen_ok=True to train gates only."
+        )
+
+
+def _check_not_empty(plan: Plan) -> None:
+    if not plan.sites:
+        raise PlanError(f"no convolution of {plan.model} can be gated:\n{plan}")
+
+
+# Installing -----------------------------------------------------------------------------------------------------------
+
+
+class _Hook:
+    """Base of all hooks of ours, so that ``unwrap`` knows them, also in a copy of the model."""
+
+    def __init__(self, decoupling: Decoupling) -> None:
+        self.decoupling = decoupling
+
+
+class _Begin(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.decoupling.begin_forward()
+
+
+class _Compute(_Hook):
+    def __init__(self, decoupling: Decoupling, gate: str) -> None:
+        super().__init__(decoupling)
+        self.gate = gate
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.decoupling.compute_gate(self.gate, args[0])
+
+
+class _Remember(_Hook):
+    def __init__(self, decoupling: Decoupling, end: End) -> None:
+        super().__init__(decoupling)
+        self.end = end
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.decoupling.remember(self.end, output)
+
+
+class _Apply(_Hook):
+    def __init__(self, decoupling: Decoupling, gate: str, end: End) -> None:
+        super().__init__(decoupling)
+        self.gate, self.end = gate, end
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.end.after is not None and not self.decoupling.is_meant(self.end, args[0]):
+            return None
+        return self.decoupling.apply_gate(self.gate, self.end, output)
+
+
+def _install(model: nn.Module, decoupling: Decoupling) -> None:
+    sample = next((p for p in model.parameters() if p.is_floating_point()), None)
+    model.decoupling = decoupling.to(sample.device) if sample is not None else decoupling
+    decoupling.train(model.training)
+    model.register_forward_pre_hook(_Begin(decoupling))
+    for gate in decoupling.plan.gates:
+        model.get_submodule(gate.name).register_forward_pre_hook(_Compute(decoupling, gate.name))
+        for end in gate.ends:
+            if end.after is not None:
+                model.get_submodule(end.after).register_forward_hook(_Remember(decoupling, end))
+            model.get_submodule(end.module).register_forward_hook(_Apply(decoupling, gate.name, end))
+
+
+# Verifying ------------------------------------------------------------------------------------------------------------
+
+
+def _random_images(model: nn.Module, plan: Plan) -> Tensor | None:
+    """Two images for verification; None if the model has no values to compute with."""
+    sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if sample.device.type == "meta":
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, *plan.input_size, generator=generator).to(sample)
+
+
+def _outputs(model: nn.Module, images: Tensor | None) -> list[Tensor]:
+    with eval_mode(model), torch.no_grad():
+        return [t for t in torch.utils._pytree.tree_leaves(model(images)) if isinstance(t, Tensor)]
+
+
+def _check_same_outputs(before: list[Tensor] | None, after: list[Tensor]) -> None:
+    same = before is not None and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    if not same and not any(t.isnan().any() for t in after):
+        raise PlanError(
+            "with all gates open the wrapped model does not give the output it gave before. Either the model is not "
+            "deterministic, or its control flow differs from the recorded run; wrap(verify=False) skips this check."
+        )
+
+
+def _check_zero_channels(model: nn.Module, decoupling: Decoupling, images: Tensor) -> None:
+    """Close random gates and look: every input channel predicted to be zero must be exactly zero."""
+    generator = torch.Generator().manual_seed(1)
+    plan = decoupling.plan
+    gates = {g.name: (torch.rand(g.n_filters, generator=generator) < 0.5).to(images) for g in plan.gates}
+    path = torch.cat([gates[g.name] for g in plan.gates])
+    wrong: list[str] = []
+    handles = [
+        model.get_submodule(reader.name).register_forward_pre_hook(_ZeroCheck(reader.name, expected, wrong))
+        for reader, expected in _expected_zeros(decoupling, path)
+    ]
+    try:
+        with decoupling.forced(gates), eval_mode(model), torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if wrong:
+        raise PlanError(
+            f"closed gates leave features where none were expected, at the input of {', '.join(wrong)}. The model uses "
+            "a value that its modules do not return; exclude the convolution before it with wrap(exclude=...)."
+        )
+
+
+def _expected_zeros(decoupling: Decoupling, path: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """Readers that are modules, with the indices of the channels that must be zero under a path."""
+    names = [reader.name for reader in decoupling.costs.readers]
+    for reader in decoupling.costs.readers:
+        zero = [c for c, s in enumerate(reader.exists) if s is not None and not any(path[i] > 0 for i in s)]
+        if zero and reader.name and names.count(reader.name) == 1:
+            yield reader, torch.tensor(zero, device=path.device)
+
+
+class _ZeroCheck:
+    def __init__(self, name: str, channels: Tensor, wrong: list[str]) -> None:
+        self.name, self.channels, self.wrong = name, channels, wrong
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        if isinstance(x, Tensor) and x.index_select(axis, self.channels).ne(0).any():
+            self.wrong.append(self.name)
