@@ -31,6 +31,7 @@ __all__ = [
     "OTHER_CONVS",
     "PADS",
     "READS_VALUES",
+    "RECTIFIERS",
     "REDUCTIONS",
     "SPATIAL",
     "ZEROS",
@@ -100,6 +101,9 @@ AFFINE = frozenset({"mul", "div", "add", "sub"})
 
 PADS = frozenset({"pad", "constant_pad_nd"})
 
+#: Activations with slope zero at zero and below.
+RECTIFIERS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min"})
+
 #: Per-channel spatial operators that turn a zero map into a zero map.
 SPATIAL = frozenset(
     {
@@ -160,7 +164,19 @@ ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 
 #: Reading values back to Python; a graph recorded from one image would not hold for the next.
-READS_VALUES = frozenset({"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero"})
+READS_VALUES = frozenset(
+    {
+        "_local_scalar_dense",
+        "_unique2",
+        "allclose",
+        "equal",
+        "is_nonzero",
+        "item",
+        "masked_select",
+        "nonzero",
+        "unique_dim",
+    }
+)
 
 
 def name_of(node: Node) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from decouplify._version import __version__
 from decouplify.decoupling import Decoupling, decoupling_of
-from decouplify.errors import CheckpointError
+from decouplify.errors import CheckpointError, PlanError, TraceError
 from decouplify.plan import Plan
 from decouplify.surgery import unwrap, wrap
 
@@ -35,6 +34,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Mapping[str, Any
 
     Raises:
         ValueError: If the model is not wrapped.
+        FileNotFoundError: If the directory does not exist.
     """
     decoupling = decoupling_of(model, "save")
     owner = next(m for m in model.modules() if getattr(m, "decoupling", None) is decoupling)
@@ -49,13 +49,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Mapping[str, Any
     # Tensors may share memory (tied weights); a file holds each by itself.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in owner.state_dict().items()}
     target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, suffix=".part", delete=False) as part:
-        pass
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"save: no directory {target.parent}; create it first")
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, part.name, metadata={"decouplify": json.dumps(record)})
-        os.replace(part.name, target)
+        save_file(tensors, part, metadata={"decouplify": json.dumps(record)})
+        part.replace(target)
     finally:
-        Path(part.name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -81,9 +82,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         PlanError: If the model is wrapped already.
     """
     record, tensors = _read(path)
-    plan = Plan.from_dict(record["plan"])
-    options = {name: getattr(plan.options, name) for name in plan.options.__dataclass_fields__}
-    wrap(model, plan.input_size, **options, n_classes=record["n_classes"], frozen_ok=True, verify=False)
+    plan = _saved_plan(record, path)
+    _wrap_as_saved(model, plan, record["n_classes"], path)
     try:
         _check_plan(model, plan, path)
         _check_tensors(model.state_dict(), tensors, path)
@@ -105,16 +105,40 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     if "decouplify" not in metadata:
         raise CheckpointError(
-            f"{path} holds tensors but no record of a surgery, so it was not written by decouplify.save; load plain weights "
-            "into the model before wrapping it"
+            f"{path} holds tensors but no record of a surgery, so it was not written by decouplify.save; load plain "
+            "weights into the model before wrapping it"
         )
-    record: dict[str, Any] = json.loads(metadata["decouplify"])
+    try:
+        record: dict[str, Any] = json.loads(metadata["decouplify"])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: the record of the surgery cannot be read ({error})") from error
     if record.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{path} has format {record.get('format')} of decouplify {record.get('decouplify')}; this is {__version__}, "
-            f"which reads format {_FORMAT}"
+            f"{path} has format {record.get('format')} of decouplify {record.get('decouplify')}; this is "
+            f"{__version__}, which reads format {_FORMAT}"
         )
     return record, tensors
+
+
+def _saved_plan(record: Mapping[str, Any], path: Any) -> Plan:
+    try:
+        return Plan.from_dict(record["plan"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: the record of the surgery is incomplete ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _wrap_as_saved(model: nn.Module, plan: Plan, n_classes: int | None, path: Any) -> None:
+    if any(isinstance(module, Decoupling) for module in model.modules()):
+        raise PlanError(f"{type(model).__name__} is wrapped already; load into a fresh model of the saved architecture")
+    options = {name: getattr(plan.options, name) for name in plan.options.__dataclass_fields__}
+    try:
+        wrap(model, plan.input_size, **options, n_classes=n_classes, frozen_ok=True, verify=False)
+    except (PlanError, TraceError) as error:
+        raise CheckpointError(
+            f"{path} was saved from {plan.model}; the same surgery on {type(model).__name__} fails: {error}"
+        ) from error
 
 
 def _check_plan(model: nn.Module, saved: Plan, path: Any) -> None:
@@ -125,8 +149,8 @@ def _check_plan(model: nn.Module, saved: Plan, path: Any) -> None:
     if ours != theirs:
         missing, added = sorted(theirs - ours), sorted(ours - theirs)
         raise CheckpointError(
-            f"{path} was saved from {saved.model} with {len(theirs)} gates, {decoupling.plan.model} has {len(ours)}. Only in "
-            f"the file: {_some(missing)}; only in the model: {_some(added)}. Build the model that was saved."
+            f"{path} was saved from {saved.model} with {len(theirs)} gates, {decoupling.plan.model} has {len(ours)}. "
+            f"Only in the file: {_some(missing)}; only in the model: {_some(added)}. Build the model that was saved."
         )
 
 
@@ -139,8 +163,9 @@ def _check_tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], pat
     ]
     if missing or unknown or shapes:
         raise CheckpointError(
-            f"{path} does not fit the model. Missing in the file: {_some(missing)}; not in the model: {_some(unknown)}; of "
-            f"another shape: {_some(sorted(shapes))}. Build the model that was saved, with as many classes."
+            f"{path} does not fit the model. Missing in the file: {_some(missing)}; not in the model: "
+            f"{_some(unknown)}; of another shape: {_some(sorted(shapes))}. Build the model that was saved, with as many "
+            "classes."
         )
 
 

@@ -1,4 +1,4 @@
-"""The architecture controller: which filters of a convolution should this image use? (paper, section 3.1)"""
+"""The architecture controller decides which filters of a convolution an image uses (paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class ArchitectureController(nn.Module):
         n_inputs: Channels C of the convolution's input.
         n_filters: Filters K to decide about.
         reduction: Input channels per hidden unit.
-        bias: Initial output bias in logits. A positive bias starts with W2 = 0: g equals the bias for *every* image, all
-            gates are open and the network is unchanged. W2 learns from the first step, W1 from the second.
+        bias: Initial output bias in logits. A positive bias starts with W2 = 0: g equals the bias for *every* image,
+            all gates are open and the network is unchanged. W2 learns from the first step, W1 from the second.
         input_norm: Normalise s over the batch first (not in the paper).
         input_axis: Channel axis of the input: 1 for (N, C, H, W), -1 for (N, H, W, C).
     """
@@ -90,9 +90,16 @@ class ArchitectureController(nn.Module):
 
     def _normalise(self, s: Tensor) -> Tensor:
         assert self.norm is not None
-        if self.training and len(s) > 1:
-            return self.norm(s)
-        # One image has no batch statistics: use the running ones rather than fail.
         mean, var = self.norm.running_mean, self.norm.running_var
         assert mean is not None and var is not None
-        return (s - mean.float()) * torch.rsqrt(var.float() + self.norm.eps)
+        # One image has no batch statistics: use the running ones rather than fail.
+        if not self.training or len(s) == 1:
+            return (s - mean.float()) * torch.rsqrt(var.float() + self.norm.eps)
+        if mean.dtype == torch.float32:
+            return self.norm(s)
+        # The norm's own forward refuses statistics of another precision than its input.
+        exact = mean.float(), var.float()
+        y = F.batch_norm(s, *exact, training=True, momentum=self.norm.momentum or 0.0, eps=self.norm.eps)
+        mean.copy_(exact[0])
+        var.copy_(exact[1])
+        return y

@@ -2,7 +2,8 @@
 
 A convolution computes its *open* filters from the input channels that *exist*: those that are not known to be zero. A
 filter is not computed if its gate is closed; a channel does not exist if all gates of its set (see ``flow``) are
-closed. Counted are convolutions, linear layers and the controllers; sums, norms and activations are not.
+closed. Counted are convolutions, linear layers and the controllers; sums, norms and activations are not, nor is what
+does not depend on the image, such as an embedding of positions.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def find_readers(trace: Trace, matching: Matching, flow: Flow) -> list[Reader]:
     site_of = {node: name for name, node in matching.convs.items()}
     readers = []
     for node in trace.graph.nodes:
-        if aten.name_of(node) in aten.COUNTED and isinstance(node.args[0], Node):
+        if aten.name_of(node) in aten.COUNTED and node not in trace.static:
             site = site_of.get(node)
             readers.append(_reader(trace, flow, node, gate_of[site] if site is not None else None))
     return readers
@@ -69,8 +70,9 @@ def _reader(trace: Trace, flow: Flow, node: Node, gate: str | None) -> Reader:
     assert isinstance(data, Node) and isinstance(weight, Node)
     shape = aten.value_of(weight).shape
     is_linear = aten.name_of(node) in aten.LINEAR
-    understood = is_linear or (aten.name_of(node) in aten.CONV2D and not aten.argument(node, "transposed", False))
-    groups = aten.conv_arguments(node)[3] if understood and not is_linear else 1
+    is_conv = aten.name_of(node) in aten.CONV2D and not aten.argument(node, "transposed", False)
+    understood = (is_linear or is_conv) and weight in trace.static
+    groups = aten.conv_arguments(node)[3] if is_conv else 1
     n_inputs = int(shape[1]) * groups
     sets = flow.channels(data, -1 if is_linear else 1) if understood else [None] * n_inputs
     n_positions = n_macs(node) * groups // (int(shape[0]) * n_inputs)
@@ -163,7 +165,7 @@ class CostModel:
 
     @staticmethod
     def _per_group(channels: Tensor, groups: int) -> Tensor:
-        return channels.view(len(channels), groups, -1).sum(2)
+        return channels.unflatten(1, (groups, channels.shape[1] // groups)).sum(2)
 
     @staticmethod
     def _controller_macs(plan: Plan, n_inputs: int, n_filters: int) -> int:

@@ -123,6 +123,10 @@ class Decoupling(nn.Module):
         """One line for ``print(model)``."""
         return f"gates={len(self.plan.gates)}, filters={self.plan.n_filters}, noise={self.noise}, hard={self.hard}"
 
+    def forward(self, x: Any) -> Any:
+        """Its argument: ``nn.Sequential`` and its like run all of their children, so also this one."""
+        return x
+
     def gates(self) -> dict[str, Tensor]:
         """Gate values of this thread's last forward by gate name, shape (N, K) each, in execution order.
 
@@ -239,7 +243,7 @@ class Decoupling(nn.Module):
         if not self._enabled:
             return False
         remembered = self._records.running().remembered
-        if remembered.get(end) is not received:
+        if end not in remembered or remembered[end] is not received:
             return False
         del remembered[end]
         return True
@@ -251,13 +255,15 @@ class Decoupling(nn.Module):
         forward = self._records.running()
         if name not in forward.gates:
             raise RuntimeError(
-                f"gate '{name}' has no value where '{end.module}' needs it: the convolution whose input it pools did not "
-                "run before in this forward. The model's control flow differs from the recorded run; exclude this "
+                f"gate '{name}' has no value where '{end.module}' needs it: the convolution whose input it pools did "
+                "not run before in this forward. The model's control flow differs from the recorded run; exclude this "
                 "site with wrap(exclude=...)."
             )
         if self.collects_outputs and self.training:
             forward.pooled[name, end] = self._pool(end, y)
         z = forward.gates[name].to(y.dtype)
+        if end.before_relu and self.training:
+            z = _never_quite_zero(z)
         gated = y * (z[:, :, None, None] if end.axis == 1 else z[:, None, None, :])
         if self._observer is not None:
             self._observer(name, end, gated)
@@ -265,9 +271,15 @@ class Decoupling(nn.Module):
 
     @staticmethod
     def _pool(end: End, y: Tensor) -> Tensor:
-        """Mean magnitude per channel: the paper's average pool where features are >= 0, and defined where they are not."""
+        """Mean magnitude per channel: the paper's average pool where features are >= 0, defined elsewhere."""
         magnitude = y if end.non_negative else y.abs()
         return magnitude.mean(dim=(2, 3) if end.axis == 1 else (1, 2), dtype=torch.float32)
+
+
+def _never_quite_zero(z: Tensor) -> Tensor:
+    """``z`` with zeros replaced by a number so small that only gradients notice."""
+    tiny = 1e-20 if torch.finfo(z.dtype).tiny < 1e-20 else torch.finfo(z.dtype).tiny
+    return z + (z == 0).to(z.dtype) * tiny
 
 
 def decoupling_of(model: nn.Module, caller: str = "decouplify") -> Decoupling:

@@ -8,7 +8,6 @@ instead of features: whatever an operator that only moves elements does, it does
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -229,11 +228,13 @@ def _pad(flow: Flow, node: Node) -> Tensor:
     source = node.all_input_nodes[0]
     pad = list(aten.argument(node, "pad"))
     is_zero = aten.argument(node, "mode", "constant") == "constant" and not aten.argument(node, "value", 0)
-    if len(pad) <= 4 and aten.value_of(source).dim() == 4:
-        return flow.labels(source) if is_zero or aten.argument(node, "mode") != "constant" else flow._dense()
+    labels = flow.labels(source)
+    padded = [i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]]  # counted from the last dimension
+    if all(labels.dim() <= i or labels.shape[-1 - i] == 1 for i in padded) and len(pad) <= 4:
+        return labels if is_zero or aten.argument(node, "mode") != "constant" else flow._dense()
     if not is_zero:
         return flow._dense()
-    labels = flow.labels(source).expand(aten.value_of(source).shape)
+    labels = labels.expand(aten.value_of(source).shape)
     return _compact(torch.nn.functional.pad(labels, pad, value=_ZERO))
 
 
@@ -258,4 +259,4 @@ def _divide(flow: Flow, node: Node) -> Tensor:
 def _item(flow: Flow, node: Node) -> Any:
     source, index = node.args
     labels = flow._labels.get(source)  # type: ignore[arg-type]  # getitem reads a node
-    return operator.getitem(labels, index) if isinstance(labels, list) else flow._dense()
+    return labels[index] if isinstance(labels, list) and isinstance(index, int) else flow._dense()

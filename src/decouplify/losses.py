@@ -8,6 +8,7 @@ departs from the paper and ``literal=True`` restores it; each departure is named
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,16 +42,19 @@ def mutual_information(z: Tensor, head: nn.Linear, attribute: Tensor, literal: b
     Returns:
         Scalar, in nats, mean over images.
     """
-    if literal:
-        return F.cross_entropy(head(z), attribute)
-    bias = None if head.bias is None else head.bias.detach()
-    return F.cross_entropy(F.linear(z, head.weight.detach(), bias), attribute)
+    return F.cross_entropy(_tell(z, head, frozen=not literal), attribute)
 
 
 def fit_head(z: Tensor, head: nn.Linear, attribute: Tensor) -> Tensor:
     """A term of value zero whose gradient trains the head on the gates at the full learning rate."""
-    loss = F.cross_entropy(head(z.detach()), attribute)
+    loss = F.cross_entropy(_tell(z.detach(), head), attribute)
     return loss - loss.detach()
+
+
+def _tell(z: Tensor, head: nn.Linear, frozen: bool = False) -> Tensor:
+    """Logits of the attribute, in the precision of the gates also in a model of half precision."""
+    tensors = {name: (p.detach() if frozen else p).to(z.dtype) for name, p in head.named_parameters()}
+    return F.linear(z, tensors["weight"], tensors.get("bias"))
 
 
 def kl_divergence(z: Tensor, y: Tensor, literal: bool = False) -> Tensor:
@@ -106,14 +110,15 @@ def parse_target(target: Target) -> tuple[float | None, Mapping[str, float] | No
             reduction = float(target.removesuffix("x"))
         except ValueError:
             reduction = 0.0
-        if not target.endswith("x") or not reduction >= 1:
+        if not target.endswith("x") or not 1 <= reduction < math.inf:
             raise ValueError(f'target={target!r}: a MAC reduction is written like "2.0x" and is at least "1x"')
         return 1 / reduction, None
     ratios = target if isinstance(target, Mapping) else {"*": target}
     for pattern, ratio in ratios.items():
         if not 0 <= float(ratio) <= 1:
             raise ValueError(
-                f"target={target!r}: the keep ratio {ratio!r} for {pattern!r} is not in [0, 1]; for a MAC reduction give "
+                f"target={target!r}: the keep ratio {ratio!r} for {pattern!r} is not in [0, 1]; for a MAC reduction "
+                "give "
                 'a string such as "2.0x"'
             )
     return None, dict(ratios)
@@ -320,8 +325,8 @@ class DecouplingLoss:
         plan = self._decoupling.plan
         if not forward.gates:
             raise RuntimeError(
-                "DecouplingLoss: no forward to judge. Call model(images) before criterion(labels), once per call and in "
-                "the same thread."
+                "DecouplingLoss: no forward to judge. Call model(images) before criterion(labels), once per call and "
+                "in the same thread."
             )
         if not forward.training:
             raise RuntimeError("DecouplingLoss: the model was in eval mode; call model.train() before the forward")
@@ -333,8 +338,8 @@ class DecouplingLoss:
             )
         if not any(z.requires_grad for z in forward.gates.values()):
             raise RuntimeError(
-                "DecouplingLoss: no gate has a gradient. The forward ran under no_grad (or reentrant checkpointing), or the "
-                "controllers are frozen; call model.decoupling.requires_grad_(True)."
+                "DecouplingLoss: no gate has a gradient. The forward ran under no_grad (or reentrant checkpointing), "
+                "or the controllers are frozen; call model.decoupling.requires_grad_(True)."
             )
 
     def _check_labels(self, labels: Tensor | None, n_images: int) -> None:

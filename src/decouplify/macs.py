@@ -45,7 +45,7 @@ class MacCount:
 def count_macs(model: nn.Module, images: Tensor) -> MacCount:
     """What the sparse form of a wrapped model executes for each image, counted from its gates.
 
-    Sizes are those of the plan's input size; images of another size get the same gates but other counts, and are refused.
+    Counts are those of the plan's input size; images of another size would need other counts, and are refused.
 
     Args:
         model: A wrapped model; its modes are kept.

@@ -47,12 +47,15 @@ class End:
             places is only gated where its input is this very tensor.
         axis: Channel axis of the output, 1 or -1.
         non_negative: Whether the features there are known to be >= 0.
+        before_relu: Whether a rectifier that no hook reaches follows. It passes no gradient where a closed gate has
+            left a zero, so in training closed gates multiply by a tiny number instead.
     """
 
     module: str
     after: str | None
     axis: int
     non_negative: bool
+    before_relu: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,8 @@ class Plan:
 
     def __str__(self) -> str:
         head = (
-            f"{self.model} on {self.input_size}: {len(self.sites)} of {len(self.sites) + len(self.refused)} convolutions "
-            f"gated by {len(self.gates)} controllers, {self.n_filters} filters, "
+            f"{self.model} on {self.input_size}: {len(self.sites)} of {len(self.sites) + len(self.refused)} "
+            f"convolutions gated by {len(self.gates)} controllers, {self.n_filters} filters, "
             f"{100 * self.gated_share:.1f} % of {_metric(self.n_macs)}MACs"
         )
         rows = [("site", "conv", "MACs %", "gate", "sits at"), *map(self._row, self.sites)]

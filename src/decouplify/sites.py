@@ -173,6 +173,8 @@ def _why_no_hook(trace: Trace, conv: Node, convs: list[Node]) -> str | None:
     x = trace.call_of(conv).inputs[0] if trace.call_of(conv).inputs else None
     if x is None or not _is_padded_view_of(conv.args[0], x):
         return "its module does not receive the convolved map as its first argument"
+    if aten.value_of(conv).shape[0] != aten.value_of(trace.image).shape[0]:
+        return "its batch is not the images (windows or frames are folded into it)"
     if conv in trace.hazards:
         return "its output is changed through another name"
     if all(_find_end(trace, link, prior) is None for link, prior in _links(_follow(trace, conv).chain)):
@@ -284,11 +286,15 @@ def _find_end(trace: Trace, link: Link, prior: Link | None) -> End | None:
     """
     call = trace.call_of(link.node)
     n_dims = aten.value_of(link.node).dim()
-    end = End(
-        call.name, None, 1 if link.axis == 1 else link.axis - n_dims, aten.name_of(link.node) in aten.NON_NEGATIVE
-    )
     if link.axis not in (1, n_dims - 1):
         return None
+    end = End(
+        module=call.name,
+        after=None,
+        axis=1 if link.axis == 1 else -1,
+        non_negative=aten.name_of(link.node) in aten.NON_NEGATIVE,
+        before_relu=len(link.node.users) == 1 and aten.name_of(next(iter(link.node.users))) in aten.RECTIFIERS,
+    )
     returning = list(_returning(trace, link.node))
     if link.kind == "move" and call not in returning:
         return None  # a permute between modules; the value before it is the better place
@@ -310,7 +316,7 @@ def _sole_source(trace: Trace, node: Node) -> ModuleCall | None:
 def _returning(trace: Trace, node: Node) -> Iterator[ModuleCall]:
     """The module calls that computed a value and returned it and nothing else, innermost first.
 
-    A module that only passes it through, such as ``nn.Identity``, may stand on one of several ways that the value takes.
+    A module that only passes it through, such as ``nn.Identity``, may stand on one of several ways of the value.
     """
     return (c for c in trace.calls if c.returns_tensor and c.outputs == (node,) and c.name and c.computed(node))
 
@@ -333,7 +339,7 @@ class _Assembly:
         plan = Plan(
             model=self.model_name,
             input_size=tuple(aten.value_of(self.trace.image).shape[1:]),
-            n_macs=sum(n_macs(n) for n in self.trace.graph.nodes if aten.name_of(n) in aten.COUNTED),
+            n_macs=sum(n_macs(node) for node in self._counted()),
             gates=tuple(self.gates.values()),
             sites=tuple(self.sites),
             refused=tuple(Refusal(_conv_name(self.trace, c), refused[c], n_macs(c)) for c in convs if c in refused),
@@ -341,6 +347,10 @@ class _Assembly:
             options=self.options,
         )
         return Matching(plan, {c.name: c.conv for c in candidates}, self.end_nodes, self.inputs)
+
+    def _counted(self) -> Iterator[Node]:
+        nodes = self.trace.graph.nodes
+        return (n for n in nodes if aten.name_of(n) in aten.COUNTED and n not in self.trace.static)
 
     def _n_classes(self) -> int | None:
         size = self.trace.output_size

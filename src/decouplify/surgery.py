@@ -131,7 +131,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(getattr(model, "decoupling", None), Decoupling):
         raise ValueError(f"unwrap: {type(model).__name__} is not wrapped")
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        tables: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
+        for hooks in tables:
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
                 del hooks[key]
     del model.decoupling
@@ -191,8 +192,9 @@ def _check_trainable(model: nn.Module, frozen_ok: bool) -> None:
     parameters = list(model.parameters())
     if parameters and not frozen_ok and not any(p.requires_grad for p in parameters):
         raise PlanError(
-            f"all {len(parameters)} parameters of {type(model).__name__} are frozen (requires_grad=False), so the network "
-            "could not adapt to its gates. Call model.requires_grad_(True), or pass frozen_ok=True to train gates only."
+            f"all {len(parameters)} parameters of {type(model).__name__} are frozen (requires_grad=False), so the "
+            "network could not adapt to its gates. Call model.requires_grad_(True), or pass frozen_ok=True to train "
+            "gates only."
         )
 
 
@@ -240,7 +242,7 @@ class _Apply(_Hook):
         self.gate, self.end = gate, end
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.end.after is not None and not self.decoupling.is_meant(self.end, args[0]):
+        if self.end.after is not None and not self.decoupling.is_meant(self.end, args[0] if args else None):
             return None
         return self.decoupling.apply_gate(self.gate, self.end, output)
 
@@ -270,9 +272,10 @@ def _random_images(model: nn.Module, plan: Plan) -> Tensor | None:
     return torch.randn(2, *plan.input_size, generator=generator).to(sample)
 
 
-def _outputs(model: nn.Module, images: Tensor | None) -> list[Tensor]:
+def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     with eval_mode(model), torch.no_grad():
-        return [t for t in torch.utils._pytree.tree_leaves(model(images)) if isinstance(t, Tensor)]
+        output = model(images.clone())  # a clone, because some models normalise their images in place
+        return [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]
 
 
 def _check_same_outputs(before: list[Tensor] | None, after: list[Tensor]) -> None:
@@ -297,7 +300,7 @@ def _check_zero_channels(model: nn.Module, decoupling: Decoupling, images: Tenso
     ]
     try:
         with decoupling.forced(gates), eval_mode(model), torch.no_grad():
-            model(images)
+            model(images.clone())
     finally:
         for handle in handles:
             handle.remove()

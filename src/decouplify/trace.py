@@ -110,12 +110,13 @@ def trace(model: nn.Module, input_size: tuple[int, ...]) -> Trace:
             raise TraceError(
                 f"{type(model).__name__} does not run on one image of size {tuple(input_size)}: "
                 f"{type(error).__name__}: {error}. Give the size of your images as input_size=(channels, height, "
-                "width); for a model that takes something else than one image tensor, wrap its convolutional backbone instead."
+                "width); for a model that takes something else than one image tensor, wrap its convolutional backbone "
+                "instead."
             ) from error
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """The image size (C, H, W) that a timm model declares, else 224 x 224 with the channels of the first convolution."""
+    """The image size (C, H, W) that a timm model declares, else 224 x 224 with the first convolution's channels."""
     config = getattr(model, "pretrained_cfg", None)
     declared = config.get("input_size") if isinstance(config, dict) else None
     if declared is not None:
@@ -138,9 +139,12 @@ def _record(model: nn.Module, input_size: tuple[int, ...], fake: bool) -> Trace:
     replicas: dict[int, Tensor] = {}
 
     def replica(tensor: Tensor) -> Tensor:
-        if mode is None:
-            return tensor
-        return replicas.setdefault(id(tensor), mode.from_tensor(tensor))
+        if id(tensor) not in replicas:
+            if mode is not None:
+                replicas[id(tensor)] = mode.from_tensor(tensor)
+            else:  # a forward may write to buffers
+                replicas[id(tensor)] = tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        return replicas[id(tensor)]
 
     body = copy_sharing_tensors(model, replica).eval()
     names = {id(replica(t)): (name, t) for name, t in [*model.named_buffers(), *model.named_parameters()]}
@@ -202,9 +206,11 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         node_args, node_kwargs = self._to_nodes(args), self._to_nodes(kwargs)
         result = func(*args, **kwargs)
+        self._check_read(func, (node_args, node_kwargs))
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
-            self._check_read(func, (node_args, node_kwargs))
             return result
+        if id(result) in self._nodes and not func._schema.is_mutable:
+            return result  # nothing was computed, as by dropout in eval mode; the tensor keeps its node
         node = self.graph.call_function(func, node_args, node_kwargs)
         self._bind(result, node)
         for declared, arg in zip(func._schema.arguments, args, strict=False):
@@ -216,9 +222,12 @@ class _Recorder(TorchDispatchMode):
 
     def _check_read(self, func: Any, node_arguments: Any) -> None:
         """With real tensors a value read from the features would silently become a constant of the graph."""
+        if not self._refuse_reads:
+            return
         name = func._schema.name.split("::")[1]
         reads = [n for n in pytree.tree_leaves(node_arguments) if isinstance(n, Node) and n in self._from_image]
-        if self._refuse_reads and name in aten.READS_VALUES and reads:
+        by_mask = name == "index" and any(aten.value_of(n).dtype == torch.bool for n in reads)
+        if reads and (name in aten.READS_VALUES or by_mask):
             module = self._running[-1][0] if self._running else ""
             raise TraceError(
                 f"module '{module}' reads values of the features ({name}), so what it does differs from image to image "

@@ -213,6 +213,12 @@ def test_class_distances_equal_those_over_all_pairs(seed, n, n_filters, n_classe
         assert np.isnan(silhouette(sums, own_class, sizes))
 
 
+def test_a_stratified_subset_of_unequal_classes():
+    labels = np.repeat([0, 1, 2], [70, 20, 10])
+    chosen = labels[stratified_rows(labels, 30, seed=0)]
+    assert np.bincount(chosen).tolist() == [21, 6, 3]
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 60), st.integers(0, 5))
 def test_a_stratified_subset_keeps_the_shares_within_one_image(labels, n_wanted, seed):
     labels = np.array(labels)

@@ -169,7 +169,7 @@ def test_histogram_is_drawn_with_its_end_bars():
     pytest.importorskip("matplotlib")
     hist = with_counts({"a": [0, 0, 0, 30, 50, 60, 100]}, 100).activation_histogram()
     ax = hist.plot()
-    assert [[patch.get_height() for patch in bar] for bar in ax.containers[1:]] == [[3], [1]]
+    assert [[patch.get_height() for patch in bar] for bar in ax.containers[::2]] == [[3], [1]]
     assert ax.get_xticklabels()[0].get_text() == "0"
     assert ax.get_xticklabels()[-1].get_text() == "100"
     ax.figure.canvas.draw()

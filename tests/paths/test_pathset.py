@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from decouplify.paths import LayerSpec, PathSet, _layout
+from decouplify.paths._text import file_size
 
 
 @st.composite
@@ -114,10 +115,22 @@ def test_distinct_equals_the_size_of_a_set(gates):
     assert paths.distinct() == len({tuple(row) for row in x.tolist()})
 
 
+def test_distinct_tells_thousands_of_paths_apart():
+    numbers = np.arange(4000) % 3000
+    assert PathSet.from_gates({"a": numbers[:, None] >> np.arange(12) & 1}).distinct() == 3000
+
+
 def test_distinct_counts_a_path_once_though_it_is_in_two_chunks(make_paths, monkeypatch):
     monkeypatch.setattr(_layout, "_ROWS_PER_CHUNK", 4)
     paths = make_paths(6, {"a": 30})
     assert paths.subset([0, 1, 2, 3, 4, 5] * 3).distinct() == 6
+
+
+def test_bits_may_lie_in_memory_column_by_column(make_paths):
+    paths = make_paths(9, {"a": 30})
+    turned = PathSet(**{**vars(paths), "bits": np.asfortranarray(paths.bits)})
+    assert turned.distinct() == 9
+    np.testing.assert_array_equal(turned.unpack(), paths.unpack())
 
 
 def naive_knn_accuracy(x, labels, k):
@@ -187,7 +200,7 @@ def test_repr_and_summary_say_what_is_there(make_paths):
     paths = PathSet.from_gates(gates, labels=[0, 1, 0, 1], preds=[0, 1, 0, 0], manifest=manifest)
     assert repr(paths) == "PathSet(4 images, 2 layers, 20 filters, labelled)"
     assert paths.summary().splitlines() == [
-        "Paths of net: 4 images, 2 layers, 20 filters (3 bytes per image, 1.2e-05 MB)",
+        "Paths of net: 4 images, 2 layers, 20 filters (3 bytes per image, 12 bytes)",
         "open on average: 25.0 % of the filters",
         "labels: 2 classes; predicted correctly: 75.0 %",
         "gates within 0.0001 of switching: 2 of 80",
@@ -228,6 +241,7 @@ def columns(n=2, **changes):
         ({"bits": [[0]]}, TypeError, "bits is a list, wanted a NumPy array of uint8"),
         ({"bits": np.zeros((2, 1))}, TypeError, "bits has type float64, wanted uint8"),
         ({"bits": np.zeros((2, 2), np.uint8)}, ValueError, r"bits has shape \(2, 2\), wanted \(any, 1\)"),
+        ({"bits": np.zeros((2, 1, 1), np.uint8)}, ValueError, r"bits has shape \(2, 1, 1\), wanted \(any, 1\)"),
         ({"bits": np.full((2, 1), 8, np.uint8)}, ValueError, "bits beyond the last filter of a layer are set"),
         ({"ids": np.arange(3)}, ValueError, r"ids has shape \(3,\), wanted \(2,\)"),
         ({"ids": np.array([None, None])}, TypeError, "ids has type object, wanted int64 or str"),
@@ -320,3 +334,11 @@ def test_public_names_are_sorted_and_there():
 
     assert sorted(paths.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name)) == paths.__all__
     assert all(hasattr(paths, name) for name in paths.__all__)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (4_250_000_000, "4.25 GB"), (2e15, "2e+03 TB")],
+)
+def test_file_sizes_are_readable(n_bytes, text):
+    assert file_size(n_bytes) == text

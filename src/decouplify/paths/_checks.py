@@ -15,10 +15,10 @@ def as_ids(values: ArrayLike) -> NDArray[Any]:
         TypeError: If they are neither.
     """
     ids = np.asarray(values)
-    if ids.dtype.kind in "iu":
+    if ids.dtype.kind == "U":
+        return ids
+    if ids.dtype.kind in "iu" or ids.size == 0:
         return ids.astype(np.int64)
-    if ids.dtype.kind == "U" or ids.size == 0:
-        return ids.astype(np.str_) if ids.dtype.kind == "U" else ids.astype(np.int64)
     raise TypeError(f"image ids have type {ids.dtype}, wanted integers or strings")
 
 

@@ -25,6 +25,15 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %"
 
 
+def file_size(n_bytes: int) -> str:
+    """A number of bytes with a unit that leaves one to three digits before the point."""
+    size, units = float(n_bytes), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
+
+
 def plain(value: Any) -> Any:
     """The value as JSON can hold it: lists for arrays and tuples, ``None`` for what is not finite."""
     if isinstance(value, np.ndarray | np.generic):

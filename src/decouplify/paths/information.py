@@ -72,7 +72,7 @@ class ClassInformation:
         rows = []
         for layer, part in zip(self.layers, filter_slices(self.layers), strict=True):
             bits = self.information[part]
-            rows.append([str(layer.depth), layer.name, str(layer.n_filters), f"{bits.mean():.4f}", f"{bits.max():.4f}"])
+            rows.append([str(layer.depth), layer.name, str(layer.n_filters), _four(bits.mean()), _four(bits.max())])
         table = text_table(["depth", "layer", "filters", "mean bits", "max bits"], rows, left=2)
         return f"Information of single gates about the class\n{table}\n{self.headline()}"
 
@@ -183,6 +183,10 @@ def _entropy(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Entropy in bits of each column of counts, shape (cells, F) to (F,)."""
     p = counts / counts.sum(axis=0)
     return -(p * np.log2(np.where(p > 0, p, 1))).sum(axis=0)
+
+
+def _four(bits: float) -> str:
+    return f"{round(bits, 4) + 0.0:.4f}"  # adding 0 turns -0.0000 into 0.0000
 
 
 def _selectivity(rates: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ components, then t-SNE. The paper gives pictures only; the numbers reported besi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -117,6 +117,8 @@ class PathMap:
         size = float(np.clip(9000 / len(order), 3, 28))
         colors = self._draw_legend(ax, class_names)
         ax.scatter(self.xy[order, 0], self.xy[order, 1], c=colors[order], s=size, alpha=0.8, linewidths=0)
+        ax.set_aspect("equal", adjustable="datalim")
+        ax.spines[:].set_color("0.7")
         if self.method == "tsne":
             ax.set_xticks([])
             ax.set_yticks([])
@@ -187,6 +189,7 @@ def path_map(
         raise ValueError("path_map: n_components_pca, perplexity and max_images must be positive")
     if len(paths) == 0:
         raise ValueError("path_map needs at least 1 image, the path set has none")
+    paths = replace(paths, margins=None)  # not needed, and large to copy
     rows = stratified_rows(np.zeros(len(paths)) if paths.labels is None else paths.labels, max_images, seed)
     shown = (paths if layers is None else paths.select_layers(layers)).subset(rows)
     counts = shown.counts()

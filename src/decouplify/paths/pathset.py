@@ -25,7 +25,7 @@ from decouplify.paths._layout import (
     row_chunks,
     unpack,
 )
-from decouplify.paths._text import percent, plain
+from decouplify.paths._text import file_size, percent, plain
 from decouplify.paths.states import ActivationHistogram, FilterStates, activation_histogram, filter_states
 
 __all__ = ["GroupRates", "LayerSpec", "PathSet"]
@@ -319,8 +319,10 @@ class PathSet:
             layer: Which layer, the last one by default as in the paper; ``None`` for all together.
             n_bins: Bins between the exact end bins.
         """
-        part, name = (self, "all layers") if layer is None else (self.select_layers([layer]), self.layer(layer).name)
-        return activation_histogram(part.counts(), len(self), name, n_bins)
+        if layer is None:
+            return activation_histogram(self.counts(), len(self), "all layers", n_bins)
+        part = replace(self, margins=None).select_layers([layer])
+        return activation_histogram(part.counts(), len(self), part.layers[0].name, n_bins)
 
     def distinct(self) -> int:
         """Number of different paths.
@@ -330,7 +332,9 @@ class PathSet:
         """
         digests: set[bytes] = set()
         for rows in row_chunks(len(self), self.n_filters):
-            digests.update(hashlib.blake2b(row.data, digest_size=32).digest() for row in np.asarray(self.bits[rows]))
+            digests.update(
+                hashlib.blake2b(row.data, digest_size=32).digest() for row in np.ascontiguousarray(self.bits[rows])
+            )
         return len(digests)
 
     def hamming(self, other: PathSet | None = None) -> NDArray[np.int32]:
@@ -382,7 +386,7 @@ class PathSet:
         if not 1 <= k < n:
             raise ValueError(f"knn_accuracy: k is {k}, wanted 1 to {n - 1} neighbours for {n} images")
         _, own_class, sizes = class_members(self.groups(by)[chosen])
-        part = self.subset(chosen)
+        part = replace(self, margins=None).subset(chosen)
         one_hot = np.equal.outer(own_class, np.arange(len(sizes))).astype(np.float32)
         credit = 0.0
         for start in range(0, n, 1024):
@@ -394,10 +398,9 @@ class PathSet:
 
     def summary(self) -> str:
         """A few lines: size, share of open filters, accuracy, gates close to switching."""
-        size_mb = self.bits.size / 1e6
         lines = [
             f"Paths of {self.model_name or 'an unnamed model'}: {len(self)} images, {len(self.layers)} layers, "
-            f"{self.n_filters} filters ({self.bits.shape[1]} bytes per image, {size_mb:.3g} MB)"
+            f"{self.n_filters} filters ({self.bits.shape[1]} bytes per image, {file_size(self.bits.size)})"
         ]
         if len(self):
             lines.append(f"open on average: {percent(self.rates().mean(), 1)} of the filters")
@@ -464,7 +467,6 @@ class PathSet:
             raise ValueError(
                 f"{source / _storage.MANIFEST} is incomplete ({error}); record the path set again"
             ) from error
-        mmap = mmap and n_images > 0  # an empty file cannot be mapped
         found = {
             name: _storage.read_array(source, name, mmap and name in ("bits", "margins")) for name in _storage.ARRAYS
         }

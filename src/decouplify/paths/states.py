@@ -226,24 +226,19 @@ class ActivationHistogram:
             ax: Where to draw; a new figure, unknown to pyplot, if not given.
         """
         ax = new_axes(7.0, 4.0) if ax is None else ax
-        # The end bars stand beside the axis range [0, N], one bin width wide, so that they hide no bin.
+        # The end bars stand beside the range of the bins, one bin wide, so that they hide none.
         width = self.n_images / max(1, len(self.counts))
+        left, right = -0.75 * width, self.n_images + 0.75 * width
+        none = ax.bar([left], [self.n_silent], 0.92 * width, color=_COLORS[SILENT], label="none (silent)")
         if len(self.counts):
-            ax.bar(
-                self.edges[:-1],
-                self.counts,
-                np.diff(self.edges) * 0.92,
-                align="edge",
-                color=_COLORS[DYNAMIC],
-                label="some",
-            )
-        ends = [(-0.75 * width, self.n_silent, SILENT, "none (silent)")]
-        ends.append((self.n_images + 0.75 * width, self.n_energetic, ENERGETIC, "all (energetic)"))
-        for x, height, code, label in ends:
-            bar = ax.bar([x], [height], 0.92 * width, color=_COLORS[code], label=label)
+            inner = np.diff(self.edges) * 0.92
+            ax.bar(self.edges[:-1], self.counts, inner, align="edge", color=_COLORS[DYNAMIC], label="some (dynamic)")
+        every = ax.bar([right], [self.n_energetic], 0.92 * width, color=_COLORS[ENERGETIC], label="all (energetic)")
+        for bar in (none, every):
             ax.bar_label(bar, fontsize=9, padding=2)
+        ax.margins(y=0.1)
         inner_ticks = [tick for tick in ax.get_xticks() if 0 < tick < self.n_images]
-        ticks = [-0.75 * width, *inner_ticks, self.n_images + 0.75 * width]
+        ticks = [left, *inner_ticks, right]
         ax.set_xticks(ticks, ["0", *(f"{tick:g}" for tick in inner_ticks), f"{self.n_images}"])
         ax.set_xlabel("images the filter is open for")
         ax.set_ylabel("filters")

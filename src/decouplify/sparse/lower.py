@@ -117,12 +117,11 @@ class _Lowering:
             if member is not None:
                 self.new[member] = result
 
-    @staticmethod
-    def _is_understood(node: Node) -> bool:
+    def _is_understood(self, node: Node) -> bool:
         name = aten.name_of(node)
-        if name in aten.LINEAR:
-            return True
-        return name in aten.CONV2D and not aten.argument(node, "transposed", False)
+        if node.args[1] not in self.static:
+            return False  # the image decides about the weight
+        return name in aten.LINEAR or (name in aten.CONV2D and not aten.argument(node, "transposed", False))
 
     def _gate_of(self, fused: _Fused) -> str | None:
         """The gate that leaves exact zeros in the result of a fused operator."""
@@ -252,7 +251,7 @@ def _evaluate_static(trace: Trace) -> dict[Node, Any]:
                 values[node] = trace.tensors[str(node.target)]
             else:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
     return values
 
 

@@ -144,8 +144,12 @@ def _to_cpu(tensor: Tensor) -> Tensor:
 
 def _stack(results: list[Any]) -> Any:
     """Batches of one joined along the first dimension, in whatever structure the model returns."""
+    if len(results) == 1:
+        return results[0]
     leaves = [pytree.tree_flatten(result)[0] for result in results]
     structure = pytree.tree_flatten(results[0])[1]
+    if any(isinstance(leaf, Tensor) and leaf.dim() == 0 for leaf in leaves[0]):
+        raise ValueError("SparseModel: the model returns a number for the whole batch; give it one image at a time")
     joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)]
     return pytree.tree_unflatten(joined, structure)
 
@@ -155,8 +159,8 @@ def _check_same_gates(wrapped: Any, found: Any, size: tuple[int, ...]) -> None:
     theirs = [(g.name, g.n_filters) for g in found.gates]
     if ours != theirs:
         raise ValueError(
-            f"SparseModel: on images of size {size} the model runs other convolutions than on {wrapped.input_size}, for "
-            "which it was wrapped; resize the images"
+            f"SparseModel: on images of size {size} the model runs other convolutions than on {wrapped.input_size}, "
+            "for which it was wrapped; resize the images"
         )
 
 

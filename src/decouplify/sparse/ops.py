@@ -150,7 +150,7 @@ class SparseConv2d(_Reader):
         y = self._activate(y)
         if gate is None:
             return y
-        full = y.new_zeros(1, len(self.weight), *y.shape[2:])
+        full = y.new_zeros(len(y), len(self.weight), *y.shape[2:])
         full[:, filters] = y * gate[filters].to(y.dtype)[:, None, None]  # 1, or NaN where the gate is undefined
         return full
 
@@ -168,7 +168,7 @@ class SparseConv2d(_Reader):
         part = self._run(x[:, read], self.weight[read], self.bias[read], max(len(read), 1), x)
         if bool(alive.all()):
             return part
-        y = self.bias[filters].to(x.dtype)[None, :, None, None].expand(1, -1, *part.shape[2:]).clone()
+        y = self.bias[filters].to(x.dtype)[None, :, None, None].expand(len(x), -1, *part.shape[2:]).clone()
         y[:, alive] = part
         return y
 
@@ -190,9 +190,9 @@ class SparseConv2d(_Reader):
             probe = like[:, :1].new_zeros(1, 1, *like.shape[2:])
             kernel = like.new_zeros(1, 1, *self.weight.shape[2:])
             size = F.conv2d(probe, kernel, None, stride, padding, dilation).shape[2:]
-            return bias.to(like.dtype)[None, :, None, None].expand(1, -1, *size).clone()
+            return bias.to(like.dtype)[None, :, None, None].expand(len(like), -1, *size).clone()
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        count(weight.numel() * y.shape[2] * y.shape[3])
+        count(weight.numel() * len(y) * y.shape[2] * y.shape[3])
         return y
 
 

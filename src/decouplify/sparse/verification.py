@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,8 @@ class VerificationReport:
         output_error: max |sparse - masked| / max |masked| of the output.
         n_images: Images compared.
         n_gates: Gate decisions compared.
-        n_near: Decisions that differed but lay within 1e-4 of the threshold; features were then compared with the masked
-            form's gates forced on the sparse form.
+        n_near: Decisions that differed but lay within 1e-4 of the threshold; features were then compared with the
+            masked form's gates forced on the sparse form.
     """
 
     layers: tuple[LayerComparison, ...]
@@ -65,8 +66,9 @@ class VerificationReport:
         worst = max(self.layers, key=lambda layer: layer.error)
         differing = sum(layer.n_differing for layer in self.layers)
         return (
-            f"{self.n_images} images: output error {self.output_error:.1e}, worst layer {worst.module} {worst.error:.1e}; "
-            f"{differing} of {self.n_gates} gates differ, {self.n_near} of them within {NEAR_THRESHOLD} of the threshold"
+            f"{self.n_images} images: output error {self.output_error:.1e}, worst layer {worst.module} "
+            f"{worst.error:.1e}; {differing} of {self.n_gates} gates differ, {self.n_near} of them within {NEAR_THRESHOLD} "
+            "of the threshold"
         )
 
 
@@ -114,12 +116,12 @@ class _Comparison:
     def add(self, model: nn.Module, image: Tensor) -> None:
         masked: dict[tuple[str, End], Tensor] = {}
         with self.decoupling.observed(lambda gate, end, y: masked.__setitem__((gate, end), y.cpu().clone())):
-            expected = model(image)
+            expected = model(image.clone())  # a clone, because some models normalise their images in place
         gates = {name: z[0].cpu() for name, z in self.decoupling.gates().items()}
         self._compare_gates(gates, image.cpu())
         # With the masked form's gates on both sides, what remains is arithmetic.
         found: dict[str, Tensor] = {}
-        result = self.fast.run_observed(image.cpu(), found.__setitem__, forced=gates)
+        result = self.fast.run_observed(image.cpu().clone(), found.__setitem__, forced=gates)
         lowered = self.fast.lowered_for(tuple(image.shape[1:]))
         for key, y in masked.items():
             self.errors[key] = max(self.errors.get(key, 0.0), relative_error(found[lowered.ends[key[1]]], y))
@@ -130,7 +132,7 @@ class _Comparison:
     def _compare_gates(self, gates: dict[str, Tensor], image: Tensor) -> None:
         margins = {name: g[0].cpu() for name, g in self.decoupling.margins().items()}
         found: dict[str, Tensor] = {}
-        self.fast.run_observed(image, found.__setitem__)
+        self.fast.run_observed(image.clone(), found.__setitem__)
         nodes = self.fast.lowered_for(tuple(image.shape[1:])).gates
         earlier_differs = False
         for name, z in gates.items():
@@ -152,25 +154,27 @@ class _Comparison:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """max |found - expected| / max |expected|; 0 if both are zero everywhere, infinite if only ``expected`` is."""
+    """Largest |found - expected| / largest |expected|; 0 if both are zero everywhere, infinite if undefined or NaN."""
     difference = float((found - expected).abs().max()) if expected.numel() else 0.0
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    return 0.0 if difference == 0.0 else difference / scale if scale > 0 else float("inf")
+    error = 0.0 if difference == 0.0 else difference / scale if scale > 0 else math.inf
+    return math.inf if math.isnan(error) else error
 
 
 def _raise_if_different(report: VerificationReport, far: dict[str, float], rtol: float) -> None:
     if far:
         name, margin = next(iter(far.items()))
         raise VerificationError(
-            f"verify: gates of '{name}' differ although their logits are up to {margin:.2g} away from the threshold. Was "
-            "the model trained after sparsify? Sparsify it again.",
+            f"verify: gates of '{name}' differ although their logits are up to {margin:.2g} away from the threshold. "
+            "Was the model trained after sparsify? Sparsify it again.",
             report,
         )
     wrong = [layer for layer in report.layers if not layer.error <= rtol]
     if wrong or not report.output_error <= rtol:
         first = f"'{wrong[0].module}' by {wrong[0].error:.2g}" if wrong else f"the output by {report.output_error:.2g}"
         raise VerificationError(
-            f"verify: the sparse form differs from the masked form in {len(wrong)} of {len(report.layers)} layers, first in "
-            f"{first} (relative, {rtol:.0e} allowed). Was the model trained after sparsify? Sparsify it again.",
+            f"verify: the sparse form differs from the masked form in {len(wrong)} of {len(report.layers)} layers, "
+            f"first in {first} (relative, {rtol:.0e} allowed). Was the model trained after sparsify? Sparsify it "
+            "again.",
             report,
         )
