@@ -1,13 +1,13 @@
-"""Toy networks with one pathology each, and what the matching rule must say about them.
+"""Toy networks with one pathology each, and the plan that the matching rule must make of them.
 
 Every network maps (N, 3, 16, 16) images to (N, 5) logits unless its pathology is the output. ``width`` is the number of
-channels inside; two are enough for the oracles that try all paths.
+channels inside; two are enough for oracles that try all paths. The decorator ``toy`` states the plan in literals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,53 @@ import decouplify
 
 SIZE = (3, 16, 16)
 N_CLASSES = 5
+
+FIRST = "first convolution (skip_first)"
+POOLED = "reads a globally pooled map (squeeze-excite or head)"
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A toy network and its plan.
+
+    Attributes:
+        build: Makes the network, optionally of another width.
+        gates: By gate name, in execution order: its sites, and the modules that multiply ("relu after bn1": the module
+            ``relu`` where it receives the output of ``bn1``).
+        refused: Reason by convolution.
+        options: Arguments for ``wrap`` that belong to the pathology.
+        exact: Whether every channel that closed gates make zero is known to be zero, not just some of them.
+    """
+
+    build: Callable[..., nn.Module]
+    gates: dict[str, tuple[list[str], list[str]]]
+    refused: dict[str, str]
+    options: dict[str, Any]
+    exact: bool
+
+    def wrapped(self, width: int = 8, **options: Any) -> nn.Module:
+        """The network with random statistics, wrapped."""
+        model = randomise_statistics(self.build(width))
+        return decouplify.wrap(model, SIZE, **{**self.options, **options})
+
+
+TOYS: dict[str, Toy] = {}
+
+
+def toy(
+    gates: dict[str, tuple[list[str], list[str]]],
+    refused: dict[str, str] | None = None,
+    options: dict[str, Any] | None = None,
+    stem: str = "stem.0",
+    exact: bool = True,
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Register a network; the refusal of its first convolution, ``stem``, need not be repeated."""
+
+    def register(build: type[nn.Module]) -> type[nn.Module]:
+        TOYS[build.__name__] = Toy(build, gates, {stem: FIRST, **(refused or {})}, options or {}, exact)
+        return build
+
+    return register
 
 
 def conv_bn_relu(n_in: int, n_out: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -40,8 +87,12 @@ class Classifier(nn.Module):
         return self.fc(self.body(self.stem(x)).mean((2, 3)))
 
 
+# Order of convolution, norm and activation ----------------------------------------------------------------------------
+
+
+@toy({"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"])})
 class Plain(Classifier):
-    """Conv, norm, activation in a row: nothing that could go wrong."""
+    """Convolution, norm, activation in a row: nothing that could go wrong."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
@@ -51,40 +102,7 @@ class Plain(Classifier):
         return self.b(self.a(x))
 
 
-class SharedRelu(Classifier):
-    """One ReLU object for all places, as in torchvision's ResNet; the last one comes after the sum."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-
-    def body(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + x)
-
-
-class BasicConv(nn.Module):
-    """Conv, norm and a ReLU that is no module: only the container returns the activated map."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(n_in, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
-
-
-class FunctionalRelu(Classifier):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.a, self.b = BasicConv(width, width), BasicConv(width, width)
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x))
-
-
+@toy({"conv1": (["conv1"], ["act"]), "conv2": (["conv2"], ["conv2"])})
 class NoNorm(Classifier):
     """As VGG without batch norm; the second convolution has neither norm nor activation."""
 
@@ -97,24 +115,9 @@ class NoNorm(Classifier):
         return self.pool(self.conv2(self.act(self.conv1(x))))
 
 
-class NormBeforeAdd(Classifier):
-    """Bottleneck with projection: two convolutions end in a norm right before the sum."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.reduce, self.spatial = conv_bn_relu(width, width, 1), conv_bn_relu(width, width, stride=2)
-        self.expand = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
-        self.shortcut = nn.Sequential(nn.Conv2d(width, width, 1, 2, bias=False), nn.BatchNorm2d(width))
-        self.act = nn.ReLU()
-        self.after = conv_bn_relu(width, width)
-
-    def body(self, x: Tensor) -> Tensor:
-        y = self.act(self.expand(self.spatial(self.reduce(x))) + self.shortcut(x))
-        return self.after(y)
-
-
+@toy({"conv1": (["conv1"], ["act2"]), "conv2": (["conv2"], ["conv2"])})
 class PreActivation(Classifier):
-    """Norm and activation belong to the convolution that follows."""
+    """Norm and activation come before the convolution, and a norm stands behind the sum."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
@@ -128,107 +131,50 @@ class PreActivation(Classifier):
         return self.bn3(x + y)
 
 
-class DepthwiseChain(Classifier):
-    """Inverted residual: the depthwise convolution has as many filters as its producer, one each."""
+@toy({"conv": (["conv"], ["act"]), "after.0": (["after.0"], ["after.2"])})
+class ActivationBeforeNorm(Classifier):
+    """The norm belongs to the next layer and moves zeros away."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
-        self.expand = nn.Sequential(nn.Conv2d(width, 2 * width, 1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU6())
-        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
-        self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, groups=2 * width, bias=False)
-        self.bn, self.act = nn.BatchNorm2d(2 * width), nn.ReLU6()
-        self.project = nn.Sequential(nn.Conv2d(2 * width, width, 1, bias=False), nn.BatchNorm2d(width))
-        self.last = nn.Conv2d(width, width, 3, groups=width)
-
-    def body(self, x: Tensor) -> Tensor:
-        y = self.project(self.act(self.bn(self.depthwise(self.pad(self.expand(x))))))
-        return self.last(x[:, :, 1:, 1:] + y)
-
-
-class Grouped(Classifier):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.a, self.b = conv_bn_relu(width, width), conv_bn_relu(width, 2 * width, groups=2)
-        self.c = conv_bn_relu(2 * width, width, groups=2)
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.c(self.b(self.a(x)))
-
-
-class SqueezeExcite(Classifier):
-    """1x1 convolutions on a pooled map decide about channels, and are no convolutions worth a gate."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.a, self.b = conv_bn_relu(width, width), conv_bn_relu(width, width)
-        self.squeeze, self.excite = nn.Conv2d(width, 2, 1), nn.Conv2d(2, width, 1)
-
-    def body(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        scale = self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))).sigmoid()
-        return self.b(y * scale)
-
-
-class ParallelBranches(Classifier):
-    """RepVGG before its branches are merged: two convolutions and a norm read one value and are summed."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.dense = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
-        self.pointwise = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
-        self.identity, self.act = nn.BatchNorm2d(width), nn.ReLU()
+        self.conv, self.act, self.bn = nn.Conv2d(width, width, 3, padding=1), nn.GELU(), nn.BatchNorm2d(width)
         self.after = conv_bn_relu(width, width)
 
     def body(self, x: Tensor) -> Tensor:
-        return self.after(self.act(self.dense(x) + self.pointwise(x) + self.identity(x)))
+        return self.after(self.bn(self.act(self.conv(x))))
 
 
-class ChannelShuffle(Classifier):
-    """ShuffleNet unit: half of the channels pass by, then the halves are interleaved."""
+@toy({"conv1": (["conv1"], ["act1"]), "conv2": (["conv2"], ["act2"]), "after.0": (["after.0"], ["after.2"])})
+class SigmoidActivation(Classifier):
+    """sigmoid(0) is not 0: zeros come from the gate, not from the convolution."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
-        self.half = width // 2
-        self.a = conv_bn_relu(width, width)
-        self.branch = conv_bn_relu(self.half, self.half)
+        self.conv1, self.act1 = nn.Conv2d(width, width, 3, padding=1), nn.Sigmoid()
+        self.conv2, self.bn2, self.act2 = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.Sigmoid()
         self.after = conv_bn_relu(width, width)
 
     def body(self, x: Tensor) -> Tensor:
-        kept, changed = self.a(x).chunk(2, 1)
-        y = torch.cat([kept, self.branch(changed)], 1)
-        n, c, h, w = y.shape
-        y = y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
-        return self.after(y)
+        return self.after(self.act2(self.bn2(self.conv2(self.act1(self.conv1(x))))))
 
 
-class DenseConcat(Classifier):
-    """Every layer reads all that came before."""
+@toy(
+    {"conv1": (["conv1"], ["act1"]), "conv2": (["conv2"], ["act2"]), "conv3": (["conv3"], ["conv3"])},
+)
+class OtherNorms(Classifier):
+    """A norm over groups of channels needs closed filters too; a norm per image and an activation with weights do not."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
-        self.a, self.b = conv_bn_relu(width, width), conv_bn_relu(2 * width, width)
-        self.c = conv_bn_relu(3 * width, width)
+        self.conv1, self.norm1, self.act1 = nn.Conv2d(width, width, 3), nn.GroupNorm(2, width), nn.ReLU()
+        self.conv2, self.norm2, self.act2 = nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width), nn.PReLU(width)
+        self.conv3 = nn.Conv2d(width, width, 3)
 
     def body(self, x: Tensor) -> Tensor:
-        a = self.a(x)
-        b = self.b(torch.cat([x, a], 1))
-        return self.c(torch.cat([x, a, b], 1))
+        return self.conv3(self.act2(self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))))
 
 
-class ZeroPaddedShortcut(Classifier):
-    """CIFAR ResNet, option A: the shortcut drops positions and adds channels of zeros."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width, 2 * width)
-        self.a = conv_bn_relu(width, 2 * width, stride=2)
-        self.b = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * width))
-        self.c = conv_bn_relu(2 * width, 2 * width)
-
-    def body(self, x: Tensor) -> Tensor:
-        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, x.shape[1]))
-        return self.c(F.relu(self.b(self.a(x)) + shortcut))
-
-
+@toy({"conv": (["conv"], ["act"]), "after.0": (["after.0"], ["after.2"])})
 class LayerNormPermuted(Classifier):
     """ConvNeXt: the norm runs over channels, in another memory order."""
 
@@ -242,8 +188,253 @@ class LayerNormPermuted(Classifier):
         return self.after(self.act(y).permute(0, 3, 1, 2))
 
 
+# Where a hook can reach the value -------------------------------------------------------------------------------------
+
+
+@toy({"conv1": (["conv1"], ["relu after bn1"]), "conv2": (["conv2"], ["bn2"])})
+class SharedRelu(Classifier):
+    """One ReLU for all places, as in torchvision's ResNet; the last one follows the sum."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + x)
+
+
+@toy({"conv1": (["conv1"], ["relu after bn1"]), "conv2": (["conv2"], ["bn2"])})
+class SharedReluByKeyword(SharedRelu):
+    """A shared activation that receives its input by name, where no gate is."""
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(input=self.bn2(self.conv2(y)) + x)
+
+
+class BasicConv(nn.Module):
+    """Convolution, norm and a ReLU that is no module: only this container returns the activated map."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(n_in, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+@toy({"a.conv": (["a.conv"], ["a"]), "b.conv": (["b.conv"], ["b"])})
+class FunctionalRelu(Classifier):
+    """As torchvision's GoogLeNet."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.a, self.b = BasicConv(width, width), BasicConv(width, width)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+@toy({"conv": (["conv"], ["bn"]), "after.0": (["after.0"], ["after.2"])})
+class UnreachableRelu(Classifier):
+    """A ReLU that only the model itself runs: no module returns its result, so the gate sits before it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.conv, self.bn = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.after = conv_bn_relu(width, width)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.after(F.relu(self.bn(self.conv(x))))
+
+
+@toy({"conv": (["conv"], ["bn"]), "left.0": (["left.0"], ["left.2"]), "right.0": (["right.0"], ["right.2"])})
+class IdentityOnOneWay(Classifier):
+    """The gated value goes two ways, on one of them through modules that return it untouched."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.conv, self.bn = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.identity = nn.Identity()
+        self.left, self.right = conv_bn_relu(width, width), conv_bn_relu(width, width)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return self.left(self.identity(y)) + self.right(y)
+
+
+@toy({"conv": (["conv"], ["bn"]), "left.0": (["left.0"], ["left.2"]), "right.0": (["right.0"], ["right.2"])})
+class DropoutOnOneWay(IdentityOnOneWay):
+    """In eval mode dropout returns its input, which the other way reads as well."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.identity = nn.Dropout(0.5)
+
+
+class ConvWithStatistics(nn.Module):
+    """Returns the convolved map in a tuple, which a hook cannot multiply."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width, 3, 3) / (3 * width**0.5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.conv2d(x, self.weight, padding=1)
+        return y, y.mean()
+
+
+@toy(
+    {"after.0": (["after.0"], ["after.2"])},
+    {
+        "inner": "no module returns its output, so no hook can gate it",
+        "<conv2d_default_2>": "no module of its own to hook",
+        "named": "its module does not receive the convolved map as its first argument",
+    },
+)
+class OutOfReach(Classifier):
+    """Convolutions that hooks cannot serve: returned in a tuple, run by the model itself, called by keyword."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.inner, self.after = ConvWithStatistics(width), conv_bn_relu(width, width)
+        self.weight = nn.Parameter(torch.randn(width, width, 1, 1) / width**0.5)
+        self.named = nn.Conv2d(width, width, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.after(self.named(input=F.conv2d(self.inner(x)[0], self.weight)))
+
+
+class TwoConvs(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(width, width, 1, 1) / width**0.5)
+        self.second = nn.Parameter(torch.randn(width, width, 1, 1) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.relu(F.conv2d(x, self.first)), self.second)
+
+
+@toy({"after.0": (["after.0"], ["after.2"])}, {"both": "its module runs several convolutions itself"})
+class SeveralInOneModule(Classifier):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.both, self.after = TwoConvs(width), conv_bn_relu(width, width)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.after(self.both(x))
+
+
+@toy({"once.0": (["once.0"], ["once.2"])}, {"twice": "called 2 times per image"})
+class ConvTwice(Classifier):
+    """A convolution shared by two places would need two gates at one place."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.twice, self.once = nn.Conv2d(width, width, 3, padding=1), conv_bn_relu(width, width)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.once(F.relu(self.twice(F.relu(self.twice(x)))))
+
+
+@toy({"after.0": (["after.0"], ["after.2"])}, {"conv": "its output is changed through another name"})
+class WriteThroughView(Classifier):
+    """Half of a convolution's output is changed in place through a slice of it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.conv, self.after = nn.Conv2d(width, width, 3, padding=1), conv_bn_relu(width, width)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y[:, : y.shape[1] // 2].add_(1)
+        return self.after(y)
+
+
+@toy({"1.0": (["1.0"], ["1.2"]), "2": (["2"], ["2"])}, stem="0.0")
+class BareSequential(nn.Sequential):
+    """A container that runs all of its children, also one that is added later."""
+
+    def __init__(self, width: int = 8) -> None:
+        pooling = nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(width, N_CLASSES)
+        super().__init__(
+            conv_bn_relu(3, width), conv_bn_relu(width, width), nn.Conv2d(width, width, 3, padding=1), *pooling
+        )
+
+
+@toy({"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"])})
+class ImageInPlace(Plain):
+    """Normalises its images in place."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.sub_(0.5))
+
+
+# What the convolution is ----------------------------------------------------------------------------------------------
+
+
+@toy({"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"]), "c.0": (["c.0"], ["c.2"])})
+class Grouped(Classifier):
+    """Two groups, and as many groups as channels with two filters each."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.a, self.b = conv_bn_relu(width, width, groups=2), conv_bn_relu(width, 2 * width, groups=width)
+        self.c = conv_bn_relu(2 * width, width, groups=2)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+@toy(
+    {
+        "expand.0": (["expand.0", "depthwise"], ["expand.2", "act"]),
+        "project.0": (["project.0"], ["project.1"]),
+        "last": (["last"], ["last"]),
+    }
+)
+class DepthwiseChain(Classifier):
+    """Inverted residual: the depthwise convolution shares the gate of its producer; behind a sum there is no producer."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.expand = nn.Sequential(nn.Conv2d(width, 2 * width, 1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU6())
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+        self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, groups=2 * width, bias=False)
+        self.bn, self.act = nn.BatchNorm2d(2 * width), nn.ReLU6()
+        self.project = nn.Sequential(nn.Conv2d(2 * width, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.last, self.mix = nn.Conv2d(width, width, 3, groups=width), nn.BatchNorm2d(width)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.project(self.act(self.bn(self.depthwise(self.pad(self.expand(x))))))
+        return F.relu(self.mix(F.relu(self.last(x[:, :, 1:, 1:] + y)) + 1))
+
+
+@toy(
+    {"same": (["same"], ["same"]), "mirror": (["mirror"], ["mirror"]), "ones": (["ones"], ["ones"])},
+)
+class Padding(Classifier):
+    """Padding by name, by mirroring, and with a number that is not zero."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.same = nn.Conv2d(width, width, 2, padding="same", dilation=2)
+        self.mirror = nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect")
+        self.pad, self.ones = nn.ConstantPad2d(1, 1.0), nn.Conv2d(width, width, 3, padding="valid")
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.ones(self.pad(self.mirror(self.same(x))))
+
+
+@toy(
+    {"conv": (["conv"], ["conv"]), "expand": (["expand"], ["act"]), "project": (["project"], ["project"])},
+    options={"linear_as_conv": True},
+)
 class LinearOnMaps(Classifier):
-    """The multiply-accumulates sit in linear layers on (N, H, W, C) maps."""
+    """The multiply-accumulates sit in linear layers on (N, H, W, C) maps; a learned scale follows the last one."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
@@ -255,17 +446,6 @@ class LinearOnMaps(Classifier):
         y = self.conv(x).permute(0, 2, 3, 1)
         y = self.project(self.act(self.expand(y)))
         return x + (y * self.gamma).permute(0, 3, 1, 2)
-
-
-class ConvTwice(Classifier):
-    """A convolution shared by two places would need two gates at one place."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.twice, self.once = nn.Conv2d(width, width, 3, padding=1), conv_bn_relu(width, width)
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.once(F.relu(self.twice(F.relu(self.twice(x)))))
 
 
 class DynamicConv(nn.Module):
@@ -281,17 +461,24 @@ class DynamicConv(nn.Module):
         return F.conv2d(x.reshape(1, n * c, h, w), weight, groups=n).view(n, self.width, h, w)
 
 
+@toy(
+    {"a.0": (["a.0"], ["a.2"]), "after.0": (["after.0"], ["after.2"])},
+    {"dynamic": "its weight is computed from the image"},
+    exact=False,
+)
 class DynamicWeight(Classifier):
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
-        self.dynamic, self.after = DynamicConv(width), conv_bn_relu(width, width)
+        self.a, self.dynamic, self.after = conv_bn_relu(width, width), DynamicConv(width), conv_bn_relu(width, width)
 
     def body(self, x: Tensor) -> Tensor:
-        return self.after(self.dynamic(x))
+        return self.after(self.dynamic(self.a(x)))
 
 
 class Blur(nn.Module):
     """Fixed low-pass filter: a convolution that nobody trains."""
+
+    kernel: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -301,6 +488,9 @@ class Blur(nn.Module):
         return F.conv2d(x, self.kernel, stride=2, padding=1, groups=x.shape[1])
 
 
+@toy(
+    {"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"])}, {"blur": "its weight is not a parameter"}, exact=False
+)
 class FixedWeight(Classifier):
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
@@ -310,67 +500,73 @@ class FixedWeight(Classifier):
         return self.b(self.blur(self.a(x)))
 
 
-class Transposed(Classifier):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.a, self.up = conv_bn_relu(width, width), nn.ConvTranspose2d(width, width, 2, 2)
-        self.b = conv_bn_relu(width, width)
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.b(self.up(self.a(x)))
-
-
-class WriteThroughView(Classifier):
-    """Half of a convolution's output is changed in place through a slice of it."""
+@toy(
+    {"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"])},
+    {
+        "up": "not a 2-D convolution (conv_transpose2d)",
+        "rows": "not a 2-D convolution (conv1d)",
+        "cls": "classifier: nothing with parameters follows",
+    },
+)
+class OtherConvs(Classifier):
+    """Convolutions of another kind, and one that is the classifier."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
-        self.conv, self.after = nn.Conv2d(width, width, 3, padding=1), conv_bn_relu(width, width)
+        self.a, self.up = conv_bn_relu(width, width), nn.ConvTranspose2d(width, width, 2, 2, groups=2)
+        self.rows, self.b = nn.Conv1d(width, width, 3, padding=1), conv_bn_relu(width, width)
+        self.cls = nn.Conv2d(width, N_CLASSES, 1)
+        del self.fc
 
-    def body(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        y[:, : y.shape[1] // 2].add_(1)
-        return self.after(y)
-
-
-class ConvWithStatistics(nn.Module):
-    """Returns the convolved map in a tuple, which a hook cannot multiply."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(width, width, 3, 3) / (3 * width**0.5))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = F.conv2d(x, self.weight, padding=1)
-        return y, y.mean()
-
-
-class NotReturned(Classifier):
-    """Two convolutions out of reach: one returned in a tuple, one computed by the model itself."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.inner, self.after = ConvWithStatistics(width), conv_bn_relu(width, width)
-        self.weight = nn.Parameter(torch.randn(width, width, 1, 1) / width**0.5)
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.after(F.conv2d(self.inner(x)[0], self.weight))
-
-
-class TwoOutputs(Plain):
     def forward(self, x: Tensor) -> Any:
-        a = self.a(self.stem(x))
-        return self.fc(self.b(a).mean((2, 3))), a
+        y = self.up(self.a(self.stem(x)))
+        y = self.b(self.rows(y.flatten(2)).view_as(y))
+        return self.cls(y).mean((2, 3))
 
 
-class DictOutput(Plain):
-    def forward(self, x: Tensor) -> Any:
-        a = self.a(self.stem(x))
-        return {"logits": self.fc(self.b(a).mean((2, 3))), "features": [a, None]}
+@toy(
+    {"after.0": (["after.0"], ["after.2"])},
+    {"windowed": "its batch is not the images (windows or frames are folded into it)"},
+)
+class FoldedBatch(Classifier):
+    """A convolution on windows: its batch is four times the images."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.windowed, self.after = nn.Conv2d(width, width, 3, padding=1), conv_bn_relu(width, width)
+
+    def body(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = x.view(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).reshape(4 * n, c, h // 2, w // 2)
+        y = self.windowed(y).view(n, 2, 2, c, h // 2, w // 2).permute(0, 3, 1, 4, 2, 5)
+        return self.after(y.reshape(n, c, h, w))
 
 
+@toy(
+    {"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"])},
+    {"squeeze": POOLED, "excite": POOLED, "embed": "what it reads does not depend on the image"},
+)
+class SqueezeExcite(Classifier):
+    """Convolutions on a pooled map, and on a table of positions that is the same for all images."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.a, self.b = conv_bn_relu(width, width), conv_bn_relu(width, width)
+        self.squeeze, self.excite = nn.Conv2d(width, 2, 1), nn.Conv2d(2, width, 1)
+        self.embed = nn.Conv2d(2, width, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        scale = self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))).sigmoid()
+        positions = torch.arange(x.shape[2] * 2, dtype=x.dtype, device=x.device).view(1, 2, -1, 1).sin()
+        return self.b(y * scale * self.embed(positions).exp())
+
+
+@toy(
+    {"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"]), "c.0": (["c.0"], ["c.2"])},
+)
 class LateStage(Classifier):
-    """Strides shrink the map to one position before the last convolution: 1x1 maps that nothing pooled."""
+    """Strides shrink the map to one position before the last convolution: a 1x1 map that nothing has pooled."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
@@ -381,70 +577,125 @@ class LateStage(Classifier):
         return self.c(self.b(self.a(x)))
 
 
-class IdentityOnOneWay(Classifier):
-    """The gated value is read twice, once through an ``nn.Identity`` that also returns it."""
+# How values meet ------------------------------------------------------------------------------------------------------
+
+
+@toy(
+    {
+        "reduce.0": (["reduce.0"], ["reduce.2"]),
+        "spatial.0": (["spatial.0"], ["spatial.2"]),
+        "expand.0": (["expand.0"], ["expand.1"]),
+        "shortcut.0": (["shortcut.0"], ["shortcut.1"]),
+        "after.0": (["after.0"], ["after.2"]),
+    }
+)
+class NormBeforeAdd(Classifier):
+    """Bottleneck with projection: two convolutions end in a norm right before the sum."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
-        self.conv, self.bn = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.identity = nn.Identity()
-        self.left, self.right = conv_bn_relu(width, width), conv_bn_relu(width, width)
+        self.reduce, self.spatial = conv_bn_relu(width, width, 1), conv_bn_relu(width, width, stride=2)
+        self.expand = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.shortcut = nn.Sequential(nn.Conv2d(width, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+        self.act, self.after = nn.ReLU(), conv_bn_relu(width, width)
 
     def body(self, x: Tensor) -> Tensor:
-        y = self.bn(self.conv(x))
-        return self.left(self.identity(y)) + self.right(y)
+        y = self.expand(self.spatial(self.reduce(x)))
+        y += self.shortcut(x)
+        return self.after(self.act(y))
 
 
-class SigmoidActivation(Classifier):
-    """sigmoid(0) is not 0: zeros come from the gate, not from the convolution."""
+@toy({"dense.0": (["dense.0", "pointwise.0"], ["act"]), "after.0": (["after.0"], ["after.2"])})
+class ParallelBranches(Classifier):
+    """RepVGG before its branches are merged: two convolutions and a norm read one value and are summed."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
-        self.conv1, self.act1 = nn.Conv2d(width, width, 3, padding=1), nn.Sigmoid()
-        self.conv2, self.bn2, self.act2 = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.Sigmoid()
+        self.dense = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.pointwise = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.identity, self.act = nn.BatchNorm2d(width), nn.ReLU()
         self.after = conv_bn_relu(width, width)
 
     def body(self, x: Tensor) -> Tensor:
-        return self.after(self.act2(self.bn2(self.conv2(self.act1(self.conv1(x))))))
+        return self.after(self.act(self.dense(x) + self.pointwise(x) + self.identity(x)))
 
 
-@dataclass(frozen=True)
-class Toy:
-    """A toy network and its plan in literals.
+@toy({"a.0": (["a.0"], ["a.2"]), "branch.0": (["branch.0"], ["branch.2"]), "after.0": (["after.0"], ["after.2"])})
+class ChannelShuffle(Classifier):
+    """ShuffleNet unit: half of the channels pass by, then the halves are interleaved."""
 
-    Attributes:
-        build: Makes the network, optionally of another width.
-        gates: Sites of each gate, by gate name, in execution order.
-        ends: Where each gate multiplies, "module" or "module after other module".
-        refused: Reason by name of the convolution.
-        options: Further arguments of ``wrap``.
-        exact: Whether ``flow`` knows every channel that the gates make zero, not just some.
-    """
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.a, self.branch = conv_bn_relu(width, width), conv_bn_relu(width // 2, width // 2)
+        self.after = conv_bn_relu(width, width)
 
-    build: Callable[..., nn.Module]
-    gates: dict[str, list[str]]
-    ends: dict[str, list[str]]
-    refused: dict[str, str] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    exact: bool = True
-
-    def wrapped(self, seed: int = 0, **options: Any) -> nn.Module:
-        """The network with random statistics, wrapped."""
-        torch.manual_seed(seed)
-        return decouplify.wrap(randomise_statistics(self.build()), SIZE, **{**self.options, **options})
+    def body(self, x: Tensor) -> Tensor:
+        kept, changed = self.a(x).chunk(2, 1)
+        y = torch.cat([kept, self.branch(changed)], 1)
+        n, c, h, w = y.shape
+        return self.after(y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
 
 
-FIRST = {"stem.0": "first convolution (skip_first)"}
+@toy({"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"]), "c.0": (["c.0"], ["c.2"])})
+class DenseConcat(Classifier):
+    """Every layer reads all that came before."""
 
-TOYS: dict[str, Toy] = {
-    "plain": Toy(Plain, {"a.0": ["a.0"], "b.0": ["b.0"]}, {"a.0": ["a.2"], "b.0": ["b.2"]}),
-}
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.a, self.b = conv_bn_relu(width, width), conv_bn_relu(2 * width, width)
+        self.c = conv_bn_relu(3 * width, width)
+
+    def body(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        b = self.b(torch.cat([x, a], 1))
+        return self.c(torch.cat([x, a, b], 1))
+
+
+@toy(
+    {
+        "a.0": (["a.0"], ["a.2"]),
+        "b.0": (["b.0"], ["b.1"]),
+        "c.0": (["c.0"], ["c.2"]),
+        "last": (["last"], ["last"]),
+    }
+)
+class ZeroPaddedShortcut(Classifier):
+    """CIFAR ResNet, option A: the shortcut drops positions and adds channels of zeros; once in (N, C, H, W), once not."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width, 2 * width)
+        self.a = conv_bn_relu(width, 2 * width, stride=2)
+        self.b = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * width))
+        self.c, self.last = conv_bn_relu(2 * width, width), nn.Conv2d(2 * width, 2 * width, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, x.shape[1]))
+        y = self.c(F.relu(self.b(self.a(x)) + shortcut))
+        y = F.pad(y.permute(0, 2, 3, 1), (0, y.shape[1])).permute(0, 3, 1, 2)
+        return F.relu(self.last(y))
+
+
+@toy({"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"])})
+class TwoOutputs(Plain):
+    def forward(self, x: Tensor) -> Any:
+        a = self.a(self.stem(x))
+        return self.fc(self.b(a).mean((2, 3))), a
+
+
+@toy({"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"])})
+class DictOutput(Plain):
+    def forward(self, x: Tensor) -> Any:
+        a = self.a(self.stem(x))
+        return {"logits": self.fc(self.b(a).mean((2, 3))), "features": [a, None]}
+
+
+# Random states --------------------------------------------------------------------------------------------------------
 
 
 def randomise_statistics(model: nn.Module) -> nn.Module:
-    """Running statistics and scales of a network that has been trained, of which none is 0 or 1."""
+    """Running statistics and scales as in a trained network, none of them 0 or 1."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
             nn.init.normal_(module.running_mean, std=0.3)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
             if module.affine:
@@ -453,21 +704,31 @@ def randomise_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-def randomise_gates(model: nn.Module, scale: float = 1.0) -> nn.Module:
-    """Controllers that open about half of the filters, others for each image."""
+def randomise_gates(model: nn.Module) -> nn.Module:
+    """Controllers that open about half of their filters, others for each image."""
     for controller in model.decoupling.controllers.values():
-        hidden = controller.fc2.in_features
-        nn.init.normal_(controller.fc1.weight, std=4 * scale / controller.fc1.in_features**0.5)
-        nn.init.normal_(controller.fc2.weight, std=4 * scale / hidden**0.5)
-        nn.init.normal_(controller.fc2.bias, std=0.5 * scale)
+        nn.init.normal_(controller.fc1.weight, std=4 / controller.fc1.in_features**0.5)
+        nn.init.normal_(controller.fc2.weight, std=4 / controller.fc2.in_features**0.5)
+        nn.init.normal_(controller.fc2.bias, std=0.5)
     return model
 
 
 def random_gates(model: nn.Module, n_images: int | None = None, p: float = 0.5) -> dict[str, Tensor]:
     """Random binary values for ``decoupling.forced``: shape (K,), or (N, K) for ``n_images``."""
     lead = () if n_images is None else (n_images,)
-    return {g.name: (torch.rand(*lead, g.n_filters) < p).float() for g in model.decoupling.plan.gates}
+    return {gate.name: (torch.rand(*lead, gate.n_filters) < p).float() for gate in model.decoupling.plan.gates}
 
 
-def images(n: int = 2, size: tuple[int, ...] = SIZE, seed: int = 0) -> Tensor:
+def random_images(n: int = 2, size: tuple[int, ...] = SIZE, seed: int = 0) -> Tensor:
     return torch.randn(n, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def leaves(output: Any) -> list[Tensor]:
+    """All tensors of a model's output."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def run(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """All tensors that a model returns, without gradient; the images stay as they are."""
+    with torch.no_grad():
+        return leaves(model(images.clone()))

@@ -218,9 +218,9 @@ def _proportional(sizes: NDArray[np.intp], total: int) -> list[int]:
     exact = sizes * (total / sizes.sum())
     quotas = np.minimum(np.floor(exact).astype(int), sizes - 1)
     order = np.argsort(quotas - exact, kind="stable")
-    while quotas.sum() < total:
-        for c in order[: total - quotas.sum()]:
-            quotas[c] += quotas[c] < sizes[c] - 1
+    while quotas.sum() < total:  # a second round only where classes were too small for their share
+        for c in order:
+            quotas[c] += quotas.sum() < total and quotas[c] < sizes[c] - 1
     return [int(quota) for quota in quotas]
 
 

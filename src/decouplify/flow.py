@@ -175,10 +175,11 @@ def _through_activation(flow: Flow, node: Node) -> Tensor:
     return _keep(flow, node) if aten.is_zero_preserving(node) else torch.tensor(_DENSE, dtype=torch.int32)
 
 
-def _through_pooling(flow: Flow, node: Node) -> Tensor:
+def _through_pooling(flow: Flow, node: Node) -> Any:
     labels = _keep(flow, node)
-    n_dims = aten.value_of(node).dim()
-    return flow.reduce(labels, [n_dims - 2, n_dims - 1]) if labels.dim() == n_dims else labels
+    n_dims = aten.value_of(node.all_input_nodes[0]).dim()
+    pooled = flow.reduce(labels, [n_dims - 2, n_dims - 1]) if labels.dim() == n_dims else labels
+    return pooled if isinstance(aten.value_of(node), Tensor) else [pooled, flow._dense()]  # a maximum with its indices
 
 
 def _through_reduction(flow: Flow, node: Node) -> Tensor:

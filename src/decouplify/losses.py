@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from decouplify.decoupling import Decoupling, Forward, decoupling_of, module_key
 from decouplify.errors import NonFiniteError
 
-__all__ = ["DecouplingLoss", "Terms", "kl_divergence", "mutual_information", "parse_target", "sparsity"]
+__all__ = [
+    "DecouplingLoss",
+    "Terms",
+    "fit_head",
+    "kl_divergence",
+    "mutual_information",
+    "parameter_groups",
+    "parse_target",
+    "sparsity",
+]
 
 Target = float | str | Mapping[str, float] | None
 

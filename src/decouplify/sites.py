@@ -152,7 +152,9 @@ def _why_not(trace: Trace, roles: _Roles, conv: Node, convs: list[Node], options
         return "its weight is computed from the image"
     if not any(n.target in trace.parameters for n in _ancestors(weight)):
         return "its weight is not a parameter"
-    if not trace.owner_of(conv) or data in trace.static:
+    if data in trace.static:
+        return "what it reads does not depend on the image"
+    if not trace.owner_of(conv):
         return "no module of its own to hook"
     if data in roles.near_image and options.skip_first:
         return "first convolution (skip_first)"

@@ -64,7 +64,7 @@ def test_an_unknown_name_is_answered_with_close_ones(spec, message):
 
 
 def test_arguments_the_network_does_not_take_are_named():
-    with pytest.raises(ValueError, match="torchvision:resnet18 cannot be built with in_chans=1: .*in_chans"):
+    with pytest.raises(ValueError, match=r"torchvision:resnet18 cannot be built with in_chans=1: .*in_chans"):
         build_model("torchvision:resnet18", in_chans=1)
     with pytest.raises(ValueError, match="no registry 'zoo'"):
         model_names("zoo")
@@ -75,7 +75,7 @@ def test_a_missing_package_is_answered_with_the_extra_that_brings_it(monkeypatch
     with pytest.raises(ImportError, match=r'needs timm; install it with: pip install "decouplify\[zoo\]"'):
         build_model("timm:resnet18")
     # Suggestions come from what is there.
-    with pytest.raises(ValueError, match="for instance torchvision:resnet18$"):
+    with pytest.raises(ValueError, match=r"for instance torchvision:resnet18$"):
         build_model("resnet18")
 
 

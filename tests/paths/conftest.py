@@ -68,6 +68,7 @@ class Toy(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
+        assert len(images) > 0
         pooled = self.dropout(self.norm(images)).mean(dim=(2, 3))
         self.decoupling.decide(pooled)
         return self.head(pooled)

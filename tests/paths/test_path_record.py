@@ -119,7 +119,7 @@ def test_training_flags_are_restored_after_an_error(toy, images):
 def test_what_the_model_computes_can_still_be_trained_on(toy, images):
     # Tensors made under inference_mode could not take part in a later backward pass.
     record(toy, [images])
-    assert not any(value.is_inference() for value in toy.decoupling.gates().values())
+    assert not any(value.is_inference() for value in toy.decoupling.margins().values())
 
 
 def test_an_interrupted_run_leaves_nothing(toy, images, tmp_path):

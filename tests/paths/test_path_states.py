@@ -72,8 +72,9 @@ def test_depth_correlation_is_spearmans():
     # Ranks 1 2 4 3 against 1 2 3 4: rho = 1 - 6 * 2 / (4 * 15).
     assert states.depth_correlation == pytest.approx(0.8)
     assert math.isnan(with_counts({"a": [1], "b": [1]}, 2).filter_states().depth_correlation)
-    ties = with_counts({"a": [0, 0], "b": [5, 5], "c": [5, 5]}, 10).filter_states()
-    assert ties.depth_correlation == pytest.approx(math.sqrt(3) / 2)
+    # The tied layers share rank 1.5: centred, (-1.5, 0, 0, 1.5) against (-1.5, -0.5, 0.5, 1.5).
+    ties = with_counts({"a": [0, 0], "b": [5, 0], "c": [5, 0], "d": [5, 5]}, 10).filter_states()
+    assert ties.depth_correlation == pytest.approx(4.5 / math.sqrt(4.5 * 5))
 
 
 def test_summary_ends_with_the_shares_and_the_number_of_images():
@@ -155,6 +156,8 @@ def test_states_of_many_layers_are_drawn(make_paths):
     np.testing.assert_allclose(heights["silent"], [50, 0])
     np.testing.assert_allclose(heights["dynamic"], [25, 200 / 3])
     np.testing.assert_allclose(heights["energetic"], [25, 100 / 3])
+    tops = [max(bar[layer].get_y() + bar[layer].get_height() for bar in ax.containers) for layer in range(2)]
+    np.testing.assert_allclose(tops, 100)
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b"]
     ax = few.plot(counts=True)
     assert [patch.get_height() for patch in ax.containers[0]] == [1, 1]

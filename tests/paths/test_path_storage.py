@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +116,24 @@ def test_if_the_last_renaming_fails_the_files_are_kept_and_named(paths, tmp_path
     assert str(stage) in str(caught.value)
     assert_equal(PathSet.load(stage), paths)
     assert (tmp_path / "set").read_text() == "somebody was faster"
+
+
+def test_if_the_last_renaming_fails_the_old_set_comes_back(paths, make_paths, tmp_path, monkeypatch):
+    old = make_paths(3, {"a": 4})
+    old.save(tmp_path / "set")
+    rename = Path.replace
+
+    def refuse_the_new(self, target):
+        if ".partial-" in self.name:
+            raise PermissionError("not today")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_the_new)
+    with pytest.raises(OSError, match="not today; the finished path set was left in"):
+        paths.save(tmp_path / "set")
+    assert_equal(PathSet.load(tmp_path / "set"), old)
+    assert_equal(PathSet.load(next(tmp_path.glob(".set.partial-*"))), paths)
+    assert not list(tmp_path.glob(".set.old-*"))
 
 
 def test_no_pickle_is_ever_loaded(paths, tmp_path):

@@ -294,10 +294,10 @@ def activation_histogram(counts: NDArray[np.int64], n_images: int, name: str, n_
     """
     if n_images < 1:
         raise ValueError("an activation histogram needs at least 1 image, the path set has none")
-    between = counts[(counts > 0) & (counts < n_images)]
     bins = min(n_bins, n_images - 1)
+    # Between 0 and N but not touching them: the filters of the end bins fall outside.
     edges = np.linspace(0.5, n_images - 0.5, bins + 1)
-    inside = np.histogram(between, edges)[0] if bins else np.zeros(0)
+    inside = np.histogram(counts, edges)[0] if bins else np.zeros(0)
     n_silent, n_energetic = int((counts == 0).sum()), int((counts == n_images).sum())
     return ActivationHistogram(name, n_images, n_silent, n_energetic, edges, inside.astype(np.int64))
 
