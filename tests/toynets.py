@@ -507,6 +507,7 @@ class FixedWeight(Classifier):
         "rows": "not a 2-D convolution (conv1d)",
         "cls": "classifier: nothing with parameters follows",
     },
+    exact=False,
 )
 class OtherConvs(Classifier):
     """Convolutions of another kind, and one that is the classifier."""
@@ -663,10 +664,10 @@ class ZeroPaddedShortcut(Classifier):
     """CIFAR ResNet, option A: the shortcut drops positions and adds channels of zeros; once in (N, C, H, W), once not."""
 
     def __init__(self, width: int = 8) -> None:
-        super().__init__(width, 2 * width)
+        super().__init__(width)
         self.a = conv_bn_relu(width, 2 * width, stride=2)
         self.b = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * width))
-        self.c, self.last = conv_bn_relu(2 * width, width), nn.Conv2d(2 * width, 2 * width, 1)
+        self.c, self.last = conv_bn_relu(2 * width, width), nn.Conv2d(2 * width, width, 1)
 
     def body(self, x: Tensor) -> Tensor:
         shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, x.shape[1]))

@@ -164,8 +164,8 @@ def _check_tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], pat
     if missing or unknown or shapes:
         raise CheckpointError(
             f"{path} does not fit the model. Missing in the file: {_some(missing)}; not in the model: "
-            f"{_some(unknown)}; of another shape: {_some(sorted(shapes))}. Build the model that was saved, with as many "
-            "classes."
+            f"{_some(unknown)}; of another shape: {_some(sorted(shapes))}. Build the model that was saved, with as "
+            "many classes."
         )
 
 

@@ -8,6 +8,7 @@ does not depend on the image, such as an embedding of positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from decouplify.plan import Plan
 from decouplify.sites import Matching, n_macs
 from decouplify.trace import Trace
 
-__all__ = ["CostModel", "Reader", "channels_exist", "find_readers"]
+__all__ = ["CostModel", "Reader", "channels_exist", "find_readers", "index_matrix"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,23 @@ def channels_exist(gates: Tensor, columns: Tensor) -> Tensor:
     return 1 - torch.prod(1 - gates[:, columns], dim=-1)
 
 
+def index_matrix(sets: Sequence[GateSet], columns: Sequence[int]) -> Tensor:
+    """Gate sets as an index matrix for ``channels_exist``.
+
+    Args:
+        sets: Gate set of each of C channels.
+        columns: The columns of a path that will be there, in their order; two more follow, of zeros and of ones.
+
+    Returns:
+        Positions in ``columns``, int64, shape (C, M) with M the size of the largest set, at least 1.
+    """
+    position = {column: i for i, column in enumerate(columns)}
+    never, always = len(position), len(position) + 1
+    rows = [[always] if s is None else [position[column] for column in sorted(s)] for s in sets]
+    width = max(1, *(len(row) for row in rows))
+    return torch.tensor([row + [never] * (width - len(row)) for row in rows])
+
+
 class CostModel:
     """Dense and executed multiply-accumulates of one network under its gates.
 
@@ -154,14 +172,9 @@ class CostModel:
         key = (i, device)
         if key not in self._index:
             sets = self.readers[i].exists
-            self._index[key] = None if all(s is None for s in sets) else self._index_matrix(sets).to(device)
+            everything = range(self._n_filters)
+            self._index[key] = None if all(s is None for s in sets) else index_matrix(sets, everything).to(device)
         return self._index[key]
-
-    def _index_matrix(self, sets: tuple[GateSet, ...]) -> Tensor:
-        never, always = self._n_filters, self._n_filters + 1
-        rows = [[always] if s is None else sorted(s) for s in sets]
-        width = max(1, *(len(row) for row in rows))
-        return torch.tensor([row + [never] * (width - len(row)) for row in rows])
 
     @staticmethod
     def _per_group(channels: Tensor, groups: int) -> Tensor:

@@ -216,7 +216,7 @@ def stratified_split(labels: Labels, n_test: int, seed: int = 0) -> tuple[NDArra
 def _proportional(sizes: NDArray[np.intp], total: int) -> list[int]:
     """``total`` in proportion to ``sizes``, largest remainders first, always leaving one."""
     exact = sizes * (total / sizes.sum())
-    quotas = np.minimum(np.floor(exact).astype(int), sizes - 1)
+    quotas = np.floor(exact).astype(int)
     order = np.argsort(quotas - exact, kind="stable")
     while quotas.sum() < total:  # a second round only where classes were too small for their share
         for c in order:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from decouplify.aten import name_of
 from decouplify.costs import CostModel
 from decouplify.decoupling import Decoupling
-from decouplify.errors import PlanError
+from decouplify.errors import PlanError, TraceError
 from decouplify.plan import End, Options, Plan
 from decouplify.sites import Matching, match
 from decouplify.trace import Trace, default_input_size, trace
@@ -151,7 +151,14 @@ def record_and_match(model: nn.Module, input_size: tuple[int, ...] | None, optio
     if hasattr(model, "decoupling"):
         raise PlanError(f"{type(model).__name__} has an attribute 'decoupling' of its own, the name that wrap needs")
     size = tuple(input_size) if input_size is not None else default_input_size(model)
-    recorded = trace(model, size)
+    try:
+        recorded = trace(model, size)
+    except TraceError as error:
+        if not any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
+            raise PlanError(
+                f"{type(model).__name__} has no convolution (and {error}) so there is nothing to gate"
+            ) from error
+        raise
     matching = match(recorded, options, type(model).__name__)
     if not matching.plan.sites and not matching.plan.refused:
         linears = any(name_of(node) == "linear" for node in recorded.graph.nodes)
@@ -168,6 +175,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # Not by train(), which would set all submodules alike: users freeze some of them.
         for module, training in modes:
             module.training = training
 

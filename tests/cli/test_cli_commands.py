@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import shutil
 import subprocess
 import sys
 
@@ -117,6 +119,23 @@ def test_inspect_answers_a_mistake_with_one_line(run, args, message):
     assert re.match(message, error_line(run("inspect", *args, exit_code=2)))
 
 
+def test_torch_does_not_log_a_traceback_beside_the_line(run):
+    """Its logger writes to the stderr of the process, so it is asked directly."""
+    logged = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.addHandler(handler)
+    try:
+        result = run("inspect", "timm:test_coatnet", "--input-size", "3,32,32", exit_code=2)
+    finally:
+        logger.removeHandler(handler)
+    assert re.match("error: MaxxVit does not run on one image of size", error_line(result))
+    assert logged == []
+    assert logger.level == level
+
+
 # train
 
 
@@ -175,6 +194,11 @@ def test_train_answers_a_mistake_with_one_line(run, trained, tmp_path, options, 
     result = run("train", SPEC, *(part for item in given.items() for part in item), exit_code=2)
     assert re.match(message, error_line(result))
     assert not list(tmp_path.iterdir())
+
+
+def test_train_looks_at_the_target_before_it_spends_time(run, tmp_path):
+    result = run("train", SPEC, "--data", "nowhere.npz", "--out", tmp_path / "x", "--target", "2", exit_code=2)
+    assert error_line(result).startswith("error: target=2.0: the keep ratio 2.0")
 
 
 # record
@@ -259,6 +283,12 @@ def test_report_prints_one_json_document_with_timings_when_asked(run, trained, t
     assert f"dense {document['timings_ms']['dense']:.2f} ms" in page
     assert "median of 20 images" in page
     assert "Accuracy before decoupling" not in page  # it was measured on the other images
+
+
+def test_report_does_not_compare_with_an_accuracy_on_other_images(run, trained, tmp_path):
+    other, out = shutil.copy(trained.data, tmp_path / "other.npz"), tmp_path / "page.html"
+    run("report", trained.checkpoint, "--data", other, "--out", out)
+    assert "Accuracy before decoupling" not in out.read_text()
 
 
 def test_report_answers_a_mistake_with_one_line(run, trained, tmp_path):

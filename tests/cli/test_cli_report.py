@@ -4,6 +4,7 @@ import base64
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,6 +188,20 @@ def test_what_does_not_fit_is_refused_and_leaves_no_file(model, batch, tmp_path)
     with pytest.raises(FileNotFoundError, match="report: there is no directory"):
         report(model, images, labels, tmp_path / "no" / "page.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_leaves_the_old_page_and_nothing_else(model, batch, tmp_path, monkeypatch):
+    out = tmp_path / "page.html"
+    out.write_text("old")
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        report(model, *batch, out)
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_without_matplotlib_the_extra_is_named(model, batch, tmp_path, monkeypatch):

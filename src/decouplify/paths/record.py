@@ -7,8 +7,8 @@ import itertools
 import json
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +26,7 @@ from decouplify.paths._batches import Batch, expected_images, origin, read_batch
 from decouplify.paths._layout import LayerSpec, lay_out
 from decouplify.paths._progress import progress_bar
 from decouplify.paths.pathset import PathSet
+from decouplify.surgery import eval_mode
 
 __all__ = ["RunningIdsWarning", "record"]
 
@@ -206,7 +207,7 @@ class _Recorder:
         would be inference tensors afterwards, and the next training step would fail on them.
         """
         n_expected = expected_images(self.loader, self.max_images)
-        with _evaluating(self.model), torch.no_grad(), progress_bar(self.progress, "recording", n_expected) as advance:
+        with eval_mode(self.model), torch.no_grad(), progress_bar(self.progress, "recording", n_expected) as advance:
             for number, batch in enumerate(read_batches(self.loader, self.max_images)):
                 if number == 0 and batch.ids is None and reorders(self.loader):
                     warnings.warn(_SHUFFLED, RunningIdsWarning, stacklevel=4)
@@ -245,18 +246,6 @@ _SHUFFLED = (
     "record: the loader shuffles and yields no ids, so ids are positions in this run and not in the data set; "
     "turn shuffling off or let the data set return (image, label, index)"
 )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        # Not by train(): it would set all submodules alike, and users freeze some of them.
-        for module, training in flags:
-            module.training = training
 
 
 def _device_of(model: nn.Module) -> torch.device:

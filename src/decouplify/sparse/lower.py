@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from decouplify import aten
-from decouplify.costs import CostModel
+from decouplify.costs import CostModel, index_matrix
 from decouplify.decoupling import Decoupling, module_key
 from decouplify.flow import gate_columns
 from decouplify.plan import End
@@ -181,11 +181,7 @@ class _Lowering:
             return None
         used = {column for s in sets if s is not None for column in s}
         names = [name for name, columns in self.columns.items() if not used.isdisjoint(columns)]
-        local = {c: i for i, c in enumerate(c for name in names for c in self.columns[name])}
-        never, always = len(local), len(local) + 1
-        rows = [[always] if s is None else [local[c] for c in sorted(s)] for s in sets]
-        width = max(1, *(len(row) for row in rows))
-        columns = torch.tensor([row + [never] * (width - len(row)) for row in rows])
+        columns = index_matrix(sets, [column for name in names for column in self.columns[name]])
         return self._call("exists", Exists(columns), *(self.gates[name] for name in names))
 
     def _folded(self, fused: _Fused) -> tuple[Tensor, Tensor]:

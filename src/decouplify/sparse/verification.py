@@ -67,8 +67,8 @@ class VerificationReport:
         differing = sum(layer.n_differing for layer in self.layers)
         return (
             f"{self.n_images} images: output error {self.output_error:.1e}, worst layer {worst.module} "
-            f"{worst.error:.1e}; {differing} of {self.n_gates} gates differ, {self.n_near} of them within {NEAR_THRESHOLD} "
-            "of the threshold"
+            f"{worst.error:.1e}; {differing} of {self.n_gates} gates differ, {self.n_near} of them within "
+            f"{NEAR_THRESHOLD} of the threshold"
         )
 
 
