@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import decouplify
-from decouplify.surgery import eval_mode
+from decouplify.modes import eval_mode
 
 SMALL = 96  # pixels; networks that cannot run on so small an image get their own size
 MAX_GMACS = 12.0  # above this a network is inspected only, on its own size

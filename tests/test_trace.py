@@ -231,11 +231,15 @@ def test_control_flow_on_shapes_buffers_and_parameters_is_fine() -> None:
 def test_a_failed_run_leaves_the_model_as_it_was() -> None:
     model = TOYS["NoNorm"].build().train()
     before = copy.deepcopy(model)
-    with pytest.raises(TraceError, match=r"NoNorm does not run on one image of size \(3, 2, 2\): RuntimeError: .*Kernel"):
+    with pytest.raises(
+        TraceError, match=r"NoNorm does not run on one image of size \(3, 2, 2\): RuntimeError: .*Kernel"
+    ):
         trace(model, (3, 2, 2))
     assert [sorted(vars(m)) for m in model.modules()] == [sorted(vars(m)) for m in before.modules()]
     assert all(m.training for m in model.modules())
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
+    )
 
 
 def test_a_model_with_several_inputs_is_told_what_to_do() -> None:
@@ -243,7 +247,9 @@ def test_a_model_with_several_inputs_is_told_what_to_do() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x + y
 
-    with pytest.raises(TraceError, match=r"TwoInputs does not run.*missing 1 required.*wrap its convolutional backbone"):
+    with pytest.raises(
+        TraceError, match=r"TwoInputs does not run.*missing 1 required.*wrap its convolutional backbone"
+    ):
         trace(TwoInputs(), SIZE)
 
 

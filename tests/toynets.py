@@ -162,7 +162,7 @@ class SigmoidActivation(Classifier):
     {"conv1": (["conv1"], ["act1"]), "conv2": (["conv2"], ["act2"]), "conv3": (["conv3"], ["conv3"])},
 )
 class OtherNorms(Classifier):
-    """A norm over groups of channels needs closed filters too; a norm per image and an activation with weights do not."""
+    """A norm over groups of channels needs closed filters too; a norm per image or an activation with weights does not."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
@@ -397,7 +397,7 @@ class Grouped(Classifier):
     }
 )
 class DepthwiseChain(Classifier):
-    """Inverted residual: the depthwise convolution shares the gate of its producer; behind a sum there is no producer."""
+    """Inverted residual: the depthwise convolution shares the gate of its producer; behind a sum there is none."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
@@ -488,9 +488,7 @@ class Blur(nn.Module):
         return F.conv2d(x, self.kernel, stride=2, padding=1, groups=x.shape[1])
 
 
-@toy(
-    {"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"])}, {"blur": "its weight is not a parameter"}, exact=False
-)
+@toy({"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"])}, {"blur": "its weight is not a parameter"}, exact=False)
 class FixedWeight(Classifier):
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)
@@ -661,7 +659,7 @@ class DenseConcat(Classifier):
     }
 )
 class ZeroPaddedShortcut(Classifier):
-    """CIFAR ResNet, option A: the shortcut drops positions and adds channels of zeros; once in (N, C, H, W), once not."""
+    """CIFAR ResNet, option A: the shortcut drops positions and adds channels of zeros, in two memory orders."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)

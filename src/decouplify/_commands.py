@@ -163,7 +163,8 @@ def _print_plan(plan: Plan, spec: str) -> None:
         gate = "own" if site.gate == site.name else f"of {site.gate}"
         gate += "" if site.skips else ", computed anyway"
         sites.add_row(site.name, site.description, _share(site.n_macs, plan.n_macs), gate, site.end.module)
-    _print(sites)
+    if plan.sites:
+        _print(sites)
     if plan.refused:
         refused = Table("left alone")
         refused.add_column("MACs, %", justify="right")

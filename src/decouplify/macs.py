@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from decouplify.decoupling import decoupling_of
 from decouplify.errors import NonFiniteError
-from decouplify.surgery import eval_mode
+from decouplify.modes import eval_mode
 
 __all__ = ["MacCount", "count_macs"]
 

@@ -166,7 +166,7 @@ def headline_facts(paths: PathSet, macs: MacCount) -> list[Fact]:
             "MAC reduction",
             f"{macs.reduction:.2f}x",
             f"{_millions(macs.dense)} dense, {_millions(float(macs.executed.double().mean()))} executed on average, "
-            f"from {100 * float(executed.min()):.0f} % to {100 * float(executed.max()):.0f} % of dense by image",
+            f"from {100 * float(executed.min()):.1f} % to {100 * float(executed.max()):.1f} % of dense by image",
         )
     )
     states = paths.filter_states()
@@ -178,7 +178,7 @@ def headline_facts(paths: PathSet, macs: MacCount) -> list[Fact]:
 
 
 def _neighbour_fact(paths: PathSet) -> Iterable[Fact]:
-    if paths.labels is None or len(paths) < 3:
+    if paths.labels is None or len(paths) < 3 or paths.distinct() == 1:  # one path for all tells nothing
         return
     k = min(_NEIGHBOURS, len(paths) - 1)
     largest = np.unique(paths.labels, return_counts=True)[1].max() / len(paths)
@@ -217,7 +217,8 @@ def _map_figure(path_map: PathMap, class_names: Sequence[str]) -> str:
     if legend is not None:
         handles, names = ax.get_legend_handles_labels()
         below = (0.5, -0.01 if path_map.method == "tsne" else -0.13)  # under the axis labels, if there are any
-        ax.legend(handles, names, loc="upper center", bbox_to_anchor=below, ncols=5, frameon=False, fontsize=9)
+        n_columns = max(1, min(5, 60 // (4 + max(len(name) for name in names))))  # about 60 letters fit side by side
+        ax.legend(handles, names, loc="upper center", bbox_to_anchor=below, ncols=n_columns, frameon=False, fontsize=9)
     caption = path_map.headline() + (f"\nNote: {path_map.note}" if path_map.note else "")
     return _figure(ax, f"Scatter plot of paths, coloured by class. {caption}", caption)
 
@@ -319,7 +320,8 @@ def _refused(plan: Plan) -> str:
         '<table class="sites"><thead><tr><th scope="col">convolution</th><th scope="col" class="number">MACs, %</th>'
         f'<th scope="col">reason</th></tr></thead><tbody>\n{rows}\n</tbody></table>'
     )
-    summary = f"<summary>{len(plan.refused)} convolutions left alone</summary>"
+    n = len(plan.refused)
+    summary = f"<summary>{n} convolution{'s' * (n != 1)} left alone</summary>"
     return f"<details>{summary}{_scrolling(table, 'Convolutions left alone')}</details>"
 
 

@@ -10,19 +10,17 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from torch import Tensor
 from torch.fx import Node
 
 from decouplify import aten
+from decouplify.chains import Link, chain_of, ends_of, extend
 from decouplify.errors import PlanError
 from decouplify.plan import End, Gate, Options, Plan, Refusal, Site
-from decouplify.trace import ModuleCall, Trace
+from decouplify.roles import Roles, why_not
+from decouplify.trace import Trace
 
-__all__ = ["Link", "Matching", "chain_of", "match", "n_macs"]
-
-LinkKind = Literal["conv", "norm", "activation", "affine", "sum", "move"]
+__all__ = ["Matching", "match", "n_macs"]
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,6 @@ class Matching:
     convs: dict[str, Node]
     ends: dict[End, Node]
     inputs: dict[str, Node]
-
-
-@dataclass(frozen=True)
-class Link:
-    """One value on the way from a convolution to its end, its channel axis, and what computed it."""
-
-    node: Node
-    axis: int
-    kind: LinkKind
 
 
 @dataclass(frozen=True)
@@ -75,11 +64,11 @@ def match(trace: Trace, options: Options, model_name: str = "model") -> Matching
     """
     convs = [node for node in trace.graph.nodes if _is_conv(node, options)]
     _check_globs(options, [_conv_name(trace, conv) for conv in convs])
-    roles = _Roles(trace)
+    roles = Roles(trace)
     refused: dict[Node, str] = {}
     candidates: list[_Candidate] = []
     for conv in convs:
-        reason = _why_not(trace, roles, conv, convs, options)
+        reason = why_not(trace, roles, conv, convs, options)
         if reason is None:
             candidates.append(_follow(trace, conv))
         else:
@@ -115,212 +104,10 @@ def _check_globs(options: Options, names: list[str]) -> None:
                 raise PlanError(f"{option}={pattern!r} matches no convolution of the model; it has: {known or 'none'}")
 
 
-class _Roles:
-    """What each node is to the network as a whole, each computed by one sweep over the graph."""
-
-    def __init__(self, trace: Trace) -> None:
-        self.near_image: set[Node] = set()
-        self.pooled: set[Node] = set()
-        for node in trace.graph.nodes:
-            inputs = [n for n in node.all_input_nodes if n not in trace.static]
-            if node is trace.image or (inputs and not _is_heavy(node) and all(n in self.near_image for n in inputs)):
-                self.near_image.add(node)
-            if aten.is_global_pool(node) or (inputs and all(n in self.pooled for n in inputs)):
-                self.pooled.add(node)
-        self.before_parameters: set[Node] = set()
-        for node in reversed(trace.graph.nodes):
-            if any(_has_parameters(user) or user in self.before_parameters for user in node.users):
-                self.before_parameters.add(node)
-
-
-def _is_heavy(node: Node) -> bool:
-    return aten.name_of(node) in aten.HEAVY
-
-
-def _has_parameters(node: Node) -> bool:
-    return _is_heavy(node) or aten.name_of(node) in aten.NORMS
-
-
-def _why_not(trace: Trace, roles: _Roles, conv: Node, convs: list[Node], options: Options) -> str | None:
-    """Why a convolution cannot or shall not be gated; None if it can."""
-    name = aten.name_of(conv)
-    if name in aten.OTHER_CONVS or _is_transposed(conv):
-        return f"not a 2-D convolution ({name})"
-    data, weight = conv.args[0], conv.args[1]
-    assert isinstance(data, Node) and isinstance(weight, Node)
-    if weight not in trace.static:
-        return "its weight is computed from the image"
-    if not any(n.target in trace.parameters for n in _ancestors(weight)):
-        return "its weight is not a parameter"
-    if data in trace.static:
-        return "what it reads does not depend on the image"
-    if not trace.owner_of(conv):
-        return "no module of its own to hook"
-    if data in roles.near_image and options.skip_first:
-        return "first convolution (skip_first)"
-    if data in roles.pooled:
-        return "reads a globally pooled map (squeeze-excite or head)"
-    if conv not in roles.before_parameters:
-        return "classifier: nothing with parameters follows"
-    return _why_no_hook(trace, conv, convs) or _why_not_wanted(trace.owner_of(conv), options)
-
-
-def _why_no_hook(trace: Trace, conv: Node, convs: list[Node]) -> str | None:
-    """Why the gate could not be computed by a hook in front of the convolving module, or applied behind it."""
-    owner = trace.owner_of(conv)
-    if trace.n_calls[owner] > 1:
-        return f"called {trace.n_calls[owner]} times per image"
-    if sum(trace.owner_of(other) == owner for other in convs) > 1:
-        return "its module runs several convolutions itself"
-    x = trace.call_of(conv).inputs[0] if trace.call_of(conv).inputs else None
-    if x is None or not _is_padded_view_of(conv.args[0], x):
-        return "its module does not receive the convolved map as its first argument"
-    if aten.value_of(conv).shape[0] != aten.value_of(trace.image).shape[0]:
-        return "its batch is not the images (windows or frames are folded into it)"
-    if conv in trace.hazards:
-        return "its output is changed through another name"
-    if all(_find_end(trace, link, prior) is None for link, prior in _links(_follow(trace, conv).chain)):
-        return "no module returns its output, so no hook can gate it"
-    return None
-
-
-def _why_not_wanted(name: str, options: Options) -> str | None:
-    if options.only and not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
-        return "not in only="
-    if any(fnmatch.fnmatch(name, pattern) for pattern in options.exclude):
-        return "in exclude="
-    return None
-
-
-def _is_transposed(conv: Node) -> bool:
-    return bool(aten.argument(conv, "transposed", False))
-
-
-def _ancestors(node: Node) -> Iterator[Node]:
-    seen, stack = {node}, [node]
-    while stack:
-        current = stack.pop()
-        yield current
-        fresh = [n for n in current.all_input_nodes if n not in seen]
-        seen.update(fresh)
-        stack.extend(fresh)
-
-
-def _is_padded_view_of(data: object, x: Node) -> bool:
-    """Whether ``data`` is ``x``, perhaps zero-padded by the convolving module itself (TensorFlow's SAME)."""
-    while isinstance(data, Node) and data is not x:
-        if aten.name_of(data) not in aten.IDENTITIES | aten.PADS:
-            return False
-        data = data.args[0]
-    return data is x
-
-
 def _follow(trace: Trace, conv: Node) -> _Candidate:
     x = trace.call_of(conv).inputs[0]
     assert x is not None
     return _Candidate(conv, trace.owner_of(conv), x, chain_of(trace, conv))
-
-
-def chain_of(trace: Trace, conv: Node) -> tuple[Link, ...]:
-    """The values from a convolution (or linear layer) as far as the rule follows them."""
-    axis = 1 if aten.name_of(conv) in aten.CONV2D else aten.value_of(conv).dim() - 1
-    return tuple(_extend(trace, [Link(conv, axis, "conv")]))
-
-
-def _extend(trace: Trace, chain: list[Link]) -> list[Link]:
-    """Follow single consumers as far as the rule allows."""
-    node, axis = chain[-1].node, chain[-1].axis
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if user in trace.hazards or not user.all_input_nodes or user.args[:1] != (node,):
-            break
-        name = aten.name_of(user)
-        kind = _link_kind(trace, user, axis)
-        if kind is None or (kind in ("norm", "activation") and any(link.kind == kind for link in chain)):
-            break
-        if kind == "norm" and any(link.kind == "activation" for link in chain):
-            break  # the norm belongs to the next layer (pre-activation)
-        if name in ("permute", "transpose"):
-            axis = _moved_axis(user, axis)
-        chain.append(Link(user, axis, kind))
-        node = user
-    return chain
-
-
-def _link_kind(trace: Trace, node: Node, axis: int) -> LinkKind | None:
-    name = aten.name_of(node)
-    if not name:
-        return None  # the output
-    if name in aten.IDENTITIES or name in ("permute", "transpose"):
-        return "move"
-    others = node.all_input_nodes[1:]
-    if any(n not in trace.static for n in others) or not isinstance(aten.value_of(node), Tensor):
-        return None
-    if aten.value_of(node).shape != aten.value_of(node.all_input_nodes[0]).shape:
-        return None
-    if name in aten.NORMS:
-        return "norm" if name in ("layer_norm", "rms_norm") or axis == 1 else None
-    if name in aten.ACTIVATIONS:
-        return "activation"
-    return "affine" if name in aten.AFFINE else None
-
-
-def _moved_axis(node: Node, axis: int) -> int:
-    """Where a channel axis goes under permute or transpose."""
-    n_dims = aten.value_of(node).dim()
-    if aten.name_of(node) == "transpose":
-        a, b = (int(d) % n_dims for d in node.args[1:3])  # type: ignore[arg-type]  # dims are integers
-        return {a: b, b: a}.get(axis, axis)
-    return [int(d) % n_dims for d in aten.argument(node, "dims")].index(axis)
-
-
-def _links(chain: tuple[Link, ...]) -> Iterator[tuple[Link, Link | None]]:
-    """The links from the last to the first, each with the one before it."""
-    for i in reversed(range(len(chain))):
-        yield chain[i], chain[i - 1] if i else None
-
-
-def _find_end(trace: Trace, link: Link, prior: Link | None) -> End | None:
-    """Where a hook can multiply the value of ``link``; None if nowhere.
-
-    In this order: the module that computed it, if called once; the same module called several times, told apart by
-    the tensor it receives; the innermost container that returns it.
-    """
-    call = trace.call_of(link.node)
-    n_dims = aten.value_of(link.node).dim()
-    if link.axis not in (1, n_dims - 1):
-        return None
-    end = End(
-        module=call.name,
-        after=None,
-        axis=1 if link.axis == 1 else -1,
-        non_negative=aten.name_of(link.node) in aten.NON_NEGATIVE,
-        before_relu=len(link.node.users) == 1 and aten.name_of(next(iter(link.node.users))) in aten.RECTIFIERS,
-    )
-    returning = list(_returning(trace, link.node))
-    if link.kind == "move" and call not in returning:
-        return None  # a permute between modules; the value before it is the better place
-    if call in returning and trace.n_calls[call.name] == 1:
-        return end
-    if call in returning and prior is not None and call.inputs[:1] == (prior.node,):
-        source = _sole_source(trace, prior.node)
-        if source is not None:
-            return replace(end, after=source.name)
-    container = next((c for c in returning if trace.n_calls[c.name] == 1), None)
-    return replace(end, module=container.name) if container is not None else None
-
-
-def _sole_source(trace: Trace, node: Node) -> ModuleCall | None:
-    """The innermost module that returns a value and is called once."""
-    return next((c for c in _returning(trace, node) if trace.n_calls[c.name] == 1), None)
-
-
-def _returning(trace: Trace, node: Node) -> Iterator[ModuleCall]:
-    """The module calls that computed a value and returned it and nothing else, innermost first.
-
-    A module that only passes it through, such as ``nn.Identity``, may stand on one of several ways of the value.
-    """
-    return (c for c in trace.calls if c.returns_tensor and c.outputs == (node,) and c.name and c.computed(node))
 
 
 class _Assembly:
@@ -360,9 +147,7 @@ class _Assembly:
 
     def _add(self, candidate: _Candidate, branches: _Branches | None) -> None:
         chain = candidate.chain if branches is None else branches.chain
-        link, end = next(
-            (link, end) for link, prior in _links(chain) if (end := _find_end(self.trace, link, prior)) is not None
-        )
+        link, end = next(ends_of(self.trace, chain))
         name = self._gate_to_share(candidate, branches)
         if name is None:
             name = candidate.name
@@ -466,8 +251,8 @@ def _find_parallel_branches(trace: Trace, candidates: list[_Candidate]) -> dict[
         members = _branches_of_sum(trace, node, by_end) if aten.name_of(node) == "add" else None
         if members is None or len(members) < 2 or any(m.name in found for m in members):
             continue
-        chain = tuple(_extend(trace, [Link(node, members[0].chain[-1].axis, "sum")]))
-        if any(_find_end(trace, link, prior) is not None for link, prior in _links(chain)):
+        chain = tuple(extend(trace, [Link(node, members[0].chain[-1].axis, "sum")]))
+        if next(ends_of(trace, chain), None) is not None:
             first = min(members, key=candidates.index).name
             found.update({m.name: _Branches(first, chain) for m in members})
     return found

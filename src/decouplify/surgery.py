@@ -6,11 +6,9 @@ forward hooks, which are small picklable objects, so that copies and pickles of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from decouplify.aten import name_of
@@ -18,10 +16,11 @@ from decouplify.costs import CostModel
 from decouplify.decoupling import Decoupling
 from decouplify.errors import PlanError, TraceError
 from decouplify.plan import End, Options, Plan
+from decouplify.selfcheck import check_same_outputs, check_zero_channels, outputs, random_images
 from decouplify.sites import Matching, match
 from decouplify.trace import Trace, default_input_size, trace
 
-__all__ = ["eval_mode", "inspect", "record_and_match", "unwrap", "wrap"]
+__all__ = ["inspect", "record_and_match", "unwrap", "wrap"]
 
 
 def inspect(
@@ -107,15 +106,15 @@ def wrap(
     recorded, matching = record_and_match(model, input_size, options)
     _check_not_empty(matching.plan)
     costs = CostModel.of(recorded, matching)
-    images = _random_images(model, matching.plan) if verify else None
-    before = _outputs(model, images) if images is not None else None
+    images = random_images(model, matching.plan) if verify else None
+    before = outputs(model, images) if images is not None else None
     decoupling = Decoupling(matching.plan, costs, n_classes if n_classes is not None else matching.plan.n_classes)
     try:
         _install(model, decoupling)
         if images is not None and bias > 0:
-            _check_same_outputs(before, _outputs(model, images))
+            check_same_outputs(before, outputs(model, images))
         if images is not None:
-            _check_zero_channels(model, decoupling, images)
+            check_zero_channels(model, decoupling, images)
     except BaseException:
         unwrap(model)
         raise
@@ -167,19 +166,6 @@ def record_and_match(model: nn.Module, input_size: tuple[int, ...] | None, optio
     return recorded, matching
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the duration, then every module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        # Not by train(), which would set all submodules alike: users freeze some of them.
-        for module, training in modes:
-            module.training = training
-
-
 def _options(
     skip_first: bool,
     skip_last: bool,
@@ -209,9 +195,6 @@ def _check_trainable(model: nn.Module, frozen_ok: bool) -> None:
 def _check_not_empty(plan: Plan) -> None:
     if not plan.sites:
         raise PlanError(f"no convolution of {plan.model} can be gated:\n{plan}")
-
-
-# Installing -----------------------------------------------------------------------------------------------------------
 
 
 class _Hook:
@@ -266,74 +249,3 @@ def _install(model: nn.Module, decoupling: Decoupling) -> None:
             if end.after is not None:
                 model.get_submodule(end.after).register_forward_hook(_Remember(decoupling, end))
             model.get_submodule(end.module).register_forward_hook(_Apply(decoupling, gate.name, end))
-
-
-# Verifying ------------------------------------------------------------------------------------------------------------
-
-
-def _random_images(model: nn.Module, plan: Plan) -> Tensor | None:
-    """Two images for verification; None if the model has no values to compute with."""
-    sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if sample.device.type == "meta":
-        return None
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, *plan.input_size, generator=generator).to(sample)
-
-
-def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    with eval_mode(model), torch.no_grad():
-        output = model(images.clone())  # a clone, because some models normalise their images in place
-        return [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)]
-
-
-def _check_same_outputs(before: list[Tensor] | None, after: list[Tensor]) -> None:
-    same = before is not None and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    if not same and not any(t.isnan().any() for t in after):
-        raise PlanError(
-            "with all gates open the wrapped model does not give the output it gave before. Either the model is not "
-            "deterministic, or its control flow differs from the recorded run; wrap(verify=False) skips this check."
-        )
-
-
-def _check_zero_channels(model: nn.Module, decoupling: Decoupling, images: Tensor) -> None:
-    """Close random gates and look: every input channel predicted to be zero must be exactly zero."""
-    generator = torch.Generator().manual_seed(1)
-    plan = decoupling.plan
-    gates = {g.name: (torch.rand(g.n_filters, generator=generator) < 0.5).to(images) for g in plan.gates}
-    path = torch.cat([gates[g.name] for g in plan.gates])
-    wrong: list[str] = []
-    handles = [
-        model.get_submodule(reader.name).register_forward_pre_hook(_ZeroCheck(reader.name, expected, wrong))
-        for reader, expected in _expected_zeros(decoupling, path)
-    ]
-    try:
-        with decoupling.forced(gates), eval_mode(model), torch.no_grad():
-            model(images.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    if wrong:
-        raise PlanError(
-            f"closed gates leave features where none were expected, at the input of {', '.join(wrong)}. The model uses "
-            "a value that its modules do not return; exclude the convolution before it with wrap(exclude=...)."
-        )
-
-
-def _expected_zeros(decoupling: Decoupling, path: Tensor) -> Iterator[tuple[Any, Tensor]]:
-    """Readers that are modules, with the indices of the channels that must be zero under a path."""
-    names = [reader.name for reader in decoupling.costs.readers]
-    for reader in decoupling.costs.readers:
-        zero = [c for c, s in enumerate(reader.exists) if s is not None and not any(path[i] > 0 for i in s)]
-        if zero and reader.name and names.count(reader.name) == 1:
-            yield reader, torch.tensor(zero, device=path.device)
-
-
-class _ZeroCheck:
-    def __init__(self, name: str, channels: Tensor, wrong: list[str]) -> None:
-        self.name, self.channels, self.wrong = name, channels, wrong
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        axis = -1 if isinstance(module, nn.Linear) else 1
-        if isinstance(x, Tensor) and x.index_select(axis, self.channels).ne(0).any():
-            self.wrong.append(self.name)

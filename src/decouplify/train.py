@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from decouplify.decoupling import decoupling_of
 from decouplify.losses import DecouplingLoss, parameter_groups
-from decouplify.surgery import eval_mode
+from decouplify.modes import eval_mode
 
 __all__ = ["DecouplingRecipe", "History", "Recipe", "decouple", "evaluate", "train_dense"]
 

@@ -105,6 +105,8 @@ def test_numbers_that_do_not_exist_are_left_out(model, batch):
     paths = decouplify.record(model, [batch[0][:2]])
     names = [fact.name for fact in headline_facts(paths, macs_of_paths(model, paths))]
     assert names == ["Images", "MAC reduction", "Filters", "Distinct paths"]
+    same = decouplify.record(model, [(batch[0][:1].expand(9, -1, -1, -1), batch[1][:9])])
+    assert "Class told by the path" not in [fact.name for fact in headline_facts(same, macs_of_paths(model, same))]
 
 
 def test_the_page_holds_what_it_promises(page, model):

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from decouplify._version import __version__
 from decouplify.errors import NonFiniteError
+from decouplify.modes import eval_mode
 from decouplify.paths import _storage
 from decouplify.paths._batches import Batch, expected_images, origin, read_batches, reorders
 from decouplify.paths._layout import LayerSpec, lay_out
 from decouplify.paths._progress import progress_bar
 from decouplify.paths.pathset import PathSet
-from decouplify.surgery import eval_mode
 
 __all__ = ["RunningIdsWarning", "record"]
 

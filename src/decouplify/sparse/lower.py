@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from decouplify import aten
+from decouplify.chains import chain_of
 from decouplify.costs import CostModel, index_matrix
 from decouplify.decoupling import Decoupling, module_key
 from decouplify.flow import gate_columns
 from decouplify.plan import End
-from decouplify.sites import Matching, chain_of
+from decouplify.sites import Matching
 from decouplify.sparse.ops import Controller, Exists, Mask, SparseConv2d, SparseLinear
 from decouplify.trace import Trace
 

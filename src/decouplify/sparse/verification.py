@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from decouplify.decoupling import Decoupling, decoupling_of
 from decouplify.errors import NonFiniteError, VerificationError
+from decouplify.modes import eval_mode
 from decouplify.plan import End
 from decouplify.sparse.model import SparseModel
-from decouplify.surgery import eval_mode
 
 __all__ = ["LayerComparison", "VerificationReport", "verify"]
 
