@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from hypothesis import given
@@ -119,7 +118,7 @@ def test_a_channel_exists_unless_its_whole_set_is_closed(data: st.DataObject) ->
     assert channels_exist(padded, columns)[0].tolist() == [float(any(path[i] for i in s)) for s in sets]
 
 
-@pytest.mark.parametrize("name", ["NormBeforeAdd", "Grouped", "DenseConcat", "DepthwiseChain"])
+@pytest.mark.parametrize("name", ["NormBeforeAdd", "Grouped", "DenseConcat", "ZeroPaddedShortcut"])
 def test_the_gradient_is_what_opening_a_gate_would_add(name: str) -> None:
     """Executed MACs are affine in each gate by itself, so the derivative is the difference of its two states."""
     model = TOYS[name].wrapped(width=4)

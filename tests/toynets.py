@@ -162,7 +162,7 @@ class SigmoidActivation(Classifier):
     {"conv1": (["conv1"], ["act1"]), "conv2": (["conv2"], ["act2"]), "conv3": (["conv3"], ["conv3"])},
 )
 class OtherNorms(Classifier):
-    """A norm over groups of channels needs closed filters too; a norm per image or an activation with weights does not."""
+    """A norm over groups of channels needs closed filters too; a norm per image, an activation with weights do not."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(width)

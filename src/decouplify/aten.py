@@ -40,6 +40,7 @@ __all__ = [
     "is_global_pool",
     "is_random",
     "is_spatial_zero_pad",
+    "is_transposed",
     "is_zero_preserving",
     "name_of",
     "tensor_inputs",
@@ -278,6 +279,11 @@ def is_global_pool(node: Node) -> bool:
         source, result = value_of(node.all_input_nodes[0]), value_of(node)
         return source.shape[-2:].numel() > 1 and result.shape[-2:].numel() == 1
     return False
+
+
+def is_transposed(node: Node) -> bool:
+    """Whether a convolution node is a transposed one."""
+    return "transpose" in name_of(node) or bool(argument(node, "transposed", False))
 
 
 def is_random(target: Any) -> bool:

@@ -71,7 +71,7 @@ def _reader(trace: Trace, flow: Flow, node: Node, gate: str | None) -> Reader:
     assert isinstance(data, Node) and isinstance(weight, Node)
     shape = aten.value_of(weight).shape
     is_linear = aten.name_of(node) in aten.LINEAR
-    is_conv = aten.name_of(node) in aten.CONV2D and not aten.argument(node, "transposed", False)
+    is_conv = aten.name_of(node) in aten.CONV2D and not aten.is_transposed(node)
     understood = (is_linear or is_conv) and weight in trace.static
     groups = aten.conv_arguments(node)[3] if is_conv else 1
     n_inputs = int(shape[1]) * groups

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from decouplify.paths._optional import import_optional
+from decouplify._optional import import_optional
 
 __all__ = ["ImageSet", "Normalise", "Split", "load_images", "stratified_split"]
 

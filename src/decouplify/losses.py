@@ -125,10 +125,10 @@ def parse_target(target: Target) -> tuple[float | None, Mapping[str, float] | No
     ratios = target if isinstance(target, Mapping) else {"*": target}
     for pattern, ratio in ratios.items():
         if not 0 <= float(ratio) <= 1:
+            which = f" for {pattern!r}" if isinstance(target, Mapping) else ""
             raise ValueError(
-                f"target={target!r}: the keep ratio {ratio!r} for {pattern!r} is not in [0, 1]; for a MAC reduction "
-                "give "
-                'a string such as "2.0x"'
+                f"target={target!r}: the keep ratio {ratio!r}{which} is not in [0, 1]; for a MAC reduction give a "
+                'string such as "2.0x"'
             )
     return None, dict(ratios)
 

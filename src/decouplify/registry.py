@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from decouplify._optional import import_optional
 from decouplify.errors import CheckpointError
-from decouplify.paths._optional import import_optional
 
 __all__ = ["build_model", "model_kwargs", "model_names", "rebuild_model"]
 

@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from decouplify._optional import import_optional, new_axes
 from decouplify._version import __version__
 from decouplify.decoupling import decoupling_of
 from decouplify.macs import MacCount
 from decouplify.paths import FilterStates, PathMap, PathSet, path_map, record
-from decouplify.paths._optional import import_optional, new_axes
 from decouplify.plan import Plan
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ def _has_parameters(node: Node) -> bool:
 def why_not(trace: Trace, roles: Roles, conv: Node, convs: list[Node], options: Options) -> str | None:
     """Why a convolution cannot or shall not be gated; None if it can."""
     name = aten.name_of(conv)
-    if name in aten.OTHER_CONVS or _is_transposed(conv):
+    if name in aten.OTHER_CONVS or aten.is_transposed(conv):
         return f"not a 2-D convolution ({name})"
     data, weight = conv.args[0], conv.args[1]
     assert isinstance(data, Node) and isinstance(weight, Node)
@@ -90,10 +90,6 @@ def _why_not_wanted(name: str, options: Options) -> str | None:
     if any(fnmatch.fnmatch(name, pattern) for pattern in options.exclude):
         return "in exclude="
     return None
-
-
-def _is_transposed(conv: Node) -> bool:
-    return bool(aten.argument(conv, "transposed", False))
 
 
 def _ancestors(node: Node) -> Iterator[Node]:

@@ -80,8 +80,11 @@ def match(trace: Trace, options: Options, model_name: str = "model") -> Matching
 
 def n_macs(node: Node) -> int:
     """Multiply-accumulates of a convolution or linear node for the recorded image."""
-    weight = aten.value_of(node.args[1])  # type: ignore[arg-type]  # a tensor argument is a node
-    return int(aten.value_of(node).numel() * weight[0].numel())
+    data, weight = node.args[:2]
+    assert isinstance(data, Node) and isinstance(weight, Node)
+    # Each element that is computed, or for a transposed convolution each that is read, meets one slice of the weight.
+    elements = aten.value_of(data if aten.is_transposed(node) else node)
+    return int(elements.numel() * aten.value_of(weight)[0].numel())
 
 
 def _is_conv(node: Node, options: Options) -> bool:

@@ -8,6 +8,7 @@ arithmetic) on a copy that shares nothing writable with the user's model, so a f
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -99,7 +100,8 @@ def trace(model: nn.Module, input_size: tuple[int, ...]) -> Trace:
         TraceError: If the model does not run on this size, or its control flow depends on values of the features.
     """
     try:
-        return _record(model, input_size, fake=True)
+        with _quiet_fake_tensors():
+            return _record(model, input_size, fake=True)
     except Exception as fake_error:  # anything a forward may raise; the real run below tells apart whose fault it is
         try:
             return _record(model, input_size, fake=False)
@@ -158,6 +160,18 @@ def _record(model: nn.Module, input_size: tuple[int, ...], fake: bool) -> Trace:
     parameters = frozenset(name for name, _ in model.named_parameters()) & recorder.tensors.keys()
     size = tuple(output.shape) if isinstance(output, Tensor) else None
     return Trace(recorder.graph, recorder.image, tuple(recorder.calls), recorder.tensors, parameters, size)
+
+
+@contextmanager
+def _quiet_fake_tensors() -> Iterator[None]:
+    """Fake tensors log a traceback when an operator fails, although the error is raised, and here tried again."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

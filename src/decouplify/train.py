@@ -194,7 +194,7 @@ class _Run:
         self.criterion, self.augment, self.progress = criterion, augment, progress
         self.optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
         self.peak_lr = [group["lr"] for group in self.optimizer.param_groups]
-        self.n_batches = max(1, len(images) // recipe.batch_size)  # the rest would be a batch of another size
+        self.n_batches = max(1, len(images) // recipe.batch_size)  # of almost equal size, none of a few images
 
     def run(self) -> History:
         history = History()
@@ -213,7 +213,7 @@ class _Run:
         self.model.train()
         order = torch.randperm(len(self.images), device=self.images.device)
         sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(order.chunk(self.n_batches)):
+        for i, batch in enumerate(order.tensor_split(self.n_batches)):
             self._schedule((epoch + i / self.n_batches) / self.recipe.epochs)
             for name, value in self._step(batch).items():
                 sums[name] = sums.get(name, 0) + value

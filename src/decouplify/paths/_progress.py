@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from decouplify.paths._optional import import_optional
+from decouplify._optional import import_optional
 
 
 @contextmanager

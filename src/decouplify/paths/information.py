@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from decouplify._optional import new_axes, write_title
 from decouplify.paths._layout import LayerSpec, filter_slices
-from decouplify.paths._optional import new_axes, write_title
 from decouplify.paths._text import plain, text_table
 from decouplify.paths.pathset import By, PathSet
 from decouplify.paths.states import label_layers

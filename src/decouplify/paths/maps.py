@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from decouplify._optional import import_optional, new_axes, write_title
 from decouplify.paths._distance import between_within, class_distance_sums, class_members, silhouette, stratified_rows
-from decouplify.paths._optional import import_optional, new_axes, write_title
 from decouplify.paths._text import plain
 from decouplify.paths.pathset import LayerRef, PathSet
 

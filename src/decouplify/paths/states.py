@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from decouplify._optional import new_axes, write_title
 from decouplify.paths._layout import LayerSpec, filter_slices
-from decouplify.paths._optional import new_axes, write_title
 from decouplify.paths._text import percent, plain, text_table
 
 if TYPE_CHECKING:

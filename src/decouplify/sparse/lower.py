@@ -122,7 +122,7 @@ class _Lowering:
         name = aten.name_of(node)
         if node.args[1] not in self.static:
             return False  # the image decides about the weight
-        return name in aten.LINEAR or (name in aten.CONV2D and not aten.argument(node, "transposed", False))
+        return name in aten.LINEAR or (name in aten.CONV2D and not aten.is_transposed(node))
 
     def _gate_of(self, fused: _Fused) -> str | None:
         """The gate that leaves exact zeros in the result of a fused operator."""
