@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import decouplify
+from decouplify.modes import eval_mode
 
 SIZE = (3, 16, 16)
 N_CLASSES = 5
@@ -705,10 +706,27 @@ def randomise_statistics(model: nn.Module) -> nn.Module:
 
 def randomise_gates(model: nn.Module) -> nn.Module:
     """Controllers that open about half of their filters, others for each image."""
-    for controller in model.decoupling.controllers.values():
-        nn.init.normal_(controller.fc1.weight, std=4 / controller.fc1.in_features**0.5)
-        nn.init.normal_(controller.fc2.weight, std=4 / controller.fc2.in_features**0.5)
-        nn.init.normal_(controller.fc2.bias, std=0.5)
+    pooled: dict[nn.Module, Tensor] = {}
+
+    def pool(controller: nn.Module, args: tuple[Tensor]) -> None:
+        pooled[controller] = args[0].mean((2, 3) if controller.input_axis == 1 else (1, 2)).double()
+
+    controllers = model.decoupling.controllers.values()
+    handles = [controller.register_forward_pre_hook(pool) for controller in controllers]
+    with eval_mode(model):
+        run(model, random_images(16, model.decoupling.plan.input_size, seed=16))
+    for handle in handles:
+        handle.remove()
+    model.decoupling.drop_forward()
+    for controller in controllers:
+        # Both layers are centred on the mean image: units that never change their state would give all images one path.
+        s, fc1, fc2 = pooled[controller], controller.fc1, controller.fc2
+        nn.init.normal_(fc1.weight)
+        fc1.bias.data = -fc1.weight.detach() @ s.mean(0).to(fc1.weight)
+        hidden = F.linear(s.to(fc1.weight), fc1.weight, fc1.bias).detach().relu()
+        nn.init.normal_(fc2.weight)
+        fc2.weight.data /= hidden.std()
+        fc2.bias.data = 0.3 * torch.randn_like(fc2.bias) - fc2.weight.detach() @ hidden.mean(0)
     return model
 
 
@@ -719,7 +737,9 @@ def random_gates(model: nn.Module, n_images: int | None = None, p: float = 0.5) 
 
 
 def random_images(n: int = 2, size: tuple[int, ...] = SIZE, seed: int = 0) -> Tensor:
-    return torch.randn(n, *size, generator=torch.Generator().manual_seed(seed))
+    """Noise around a colour that differs between images."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, *size, generator=generator) + torch.randn(n, size[0], 1, 1, generator=generator)
 
 
 def leaves(output: Any) -> list[Tensor]:
