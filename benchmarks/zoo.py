@@ -225,7 +225,7 @@ def training_step(model: nn.Module, images: Tensor) -> list[Tensor] | None:
         ours = {id(p) for p in model.decoupling.parameters()} if hasattr(model, "decoupling") else set()
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None and id(p) not in ours]
         return [t.detach() for t in leaves] + grads
-    except ValueError:  # batch norm over a single value
+    except (ValueError, RuntimeError):  # batch norm over a single value, or an auxiliary head over none
         return None
     finally:
         model.zero_grad()

@@ -99,19 +99,32 @@ def test_a_head_of_half_precision_works_on_the_gates_in_theirs(bias: bool) -> No
 @given(st.integers(0, 2**16))
 def test_kl_is_that_of_the_two_normalised_vectors(seed: int) -> None:
     z, y = a_gate(seed).detach(), 3 * a_gate(seed + 1).detach()
-    z[0], z[1] = (z[0] > 0.5).double(), 0  # one image with binary gates, one with none open
-    expected = kl_by_loop([row for row in z.tolist() if sum(row)], [row for i, row in enumerate(y.tolist()) if i != 1])
-    n = len([row for row in z.tolist() if sum(row)])
-    if not z[0].any():
-        expected = kl_by_loop(z[2:].tolist(), y[2:].tolist())
-    assert kl_divergence(z, y).item() == pytest.approx(expected * n / N)
+    z[0] = (z[0] > 0.5).double()
+    assert kl_divergence(z, y).item() == pytest.approx(kl_by_loop(z.tolist(), y.tolist()), abs=1e-5)
+
+
+@pytest.mark.parametrize("literal", [False, True])
+def test_closed_gates_leave_kl_finite_and_images_without_open_gates_add_nothing(literal: bool) -> None:
+    z, y = a_gate().detach(), a_gate(1).detach()
+    z[0, :3], z[1] = 0, 0
+    z.requires_grad_(True)
+    y.requires_grad_(True)
+    loss = kl_divergence(z, y, literal)
+    assert loss.item() == pytest.approx(kl_by_loop(z.tolist(), y.tolist()), abs=1e-5)
+    loss.backward()
+    assert y.grad.isfinite().all()
+    assert not y.grad[1].any()
+    if literal:
+        assert z.grad.isfinite().all()
+        assert (z.grad[0, :3] < 0).all()  # opening a filter that responds brings z closer to y
+        assert not z.grad[1].any()
 
 
 def test_kl_is_zero_for_proportional_vectors_and_finite_for_zeros() -> None:
     z = a_gate().detach()
     assert kl_divergence(z, 7 * z).item() == pytest.approx(0, abs=1e-4)
     assert kl_divergence(torch.zeros(N, K), torch.zeros(N, K)).item() == 0
-    assert kl_divergence(torch.ones(N, K), torch.zeros(N, K)).item() == pytest.approx(0, abs=1e-6)
+    assert kl_divergence(torch.ones(N, K), torch.zeros(N, K)).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_kl_sends_its_gradient_into_the_responses_and_only_literally_into_the_gates() -> None:
@@ -279,7 +292,7 @@ def test_the_kl_term_reaches_features_and_no_last_gate() -> None:
     model(random_images(N))
     criterion().backward()
     assert model.b[0].weight.grad.any()
-    assert model.decoupling.controllers["b__0"].fc2.bias.grad is None
+    assert not model.decoupling.controllers["b__0"].fc2.bias.grad.any()
     assert all(head.weight.grad is None for head in model.decoupling.heads.values())
 
 
@@ -304,12 +317,13 @@ def test_closed_gates_get_a_gradient_from_the_task(name: str) -> None:
     model = TOYS[name].wrapped(bias=-0.5).train()
     for controller in model.decoupling.controllers.values():
         nn.init.zeros_(controller.fc2.weight)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias.data.abs_()  # else a filter may be dead, and then no gate matters
     model.decoupling.hard = True
-    margins: dict[str, Tensor] = {}
     F.cross_entropy(model(random_images(32)), torch.arange(32) % N_CLASSES).backward()
     assert not any(z.any() for z in model.decoupling.gates().values())
     last = list(model.decoupling.controllers.values())[-1]
-    del margins
     assert last.fc2.bias.grad.any()
 
 
@@ -406,7 +420,7 @@ def test_the_target_scale_ramps_the_distance() -> None:
         ("manyx", "target='manyx'"),
         ("nanx", "target='nanx'"),
         ("infx", "target='infx'"),
-        (1.5, r"the keep ratio 1.5 for '\*' is not in \[0, 1\]; for a MAC reduction give a string"),
+        (1.5, r"target=1.5: the keep ratio 1.5 is not in \[0, 1\]; for a MAC reduction give a string such as"),
         (-0.1, "is not in"),
         (float("nan"), "is not in"),
         ({"*": 0.5, "a.0": 2.0}, "the keep ratio 2.0 for 'a.0'"),
@@ -493,7 +507,7 @@ def test_a_forward_without_gradient_is_refused() -> None:
     criterion = DecouplingLoss(model)
     with torch.no_grad():
         model(random_images(N))
-    with pytest.raises(RuntimeError, match="no gate has a gradient. The forward ran under no_grad"):
+    with pytest.raises(RuntimeError, match=r"no gate has a gradient\. The forward ran under no_grad"):
         criterion(LABELS)
     model.decoupling.requires_grad_(False)
     model.requires_grad_(False)
@@ -506,11 +520,11 @@ def test_a_loss_that_is_not_finite_names_the_first_bad_gate() -> None:
     model = wrapped("Plain")
     images = random_images(N)
     images[0, 0, 0, 0] = math.nan
-    with pytest.raises(NonFiniteError, match="the loss is not finite; the gates of a.0 are not finite. Look for NaN"):
+    with pytest.raises(NonFiniteError, match=r"the loss is not finite; the gates of a.0 are not finite\. Look for NaN"):
         step(model, images)
     model = wrapped("Plain")
     head_of(model, "b.0").weight.data.fill_(math.inf)
-    with pytest.raises(NonFiniteError, match="first in mutual_information of b.0"):
+    with pytest.raises(NonFiniteError, match=r"first in mutual_information of b\.0"):
         step(model, random_images(N))
     assert math.isnan(step(model, images, check_finite=False).item())
 

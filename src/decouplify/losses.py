@@ -83,9 +83,12 @@ def kl_divergence(z: Tensor, y: Tensor, literal: bool = False) -> Tensor:
     """
     eps = 1e-6
     z = z if literal else z.detach()
-    p = z / z.sum(1, keepdim=True).clamp_min(eps)
+    n_open = z.sum(1, keepdim=True)
+    # Where nothing is open there is no distribution, and next to it the gradient would have no bound; nor has that of
+    # p log p at a closed gate without eps.
+    p = torch.where(n_open > eps, z / n_open.clamp_min(eps), 0.0)
     q = (y + eps) / (y + eps).sum(1, keepdim=True)
-    return torch.xlogy(p, p).sum(1).sub((p * q.log()).sum(1)).mean()
+    return (p * ((p + eps).log() - q.log())).sum(1).mean()
 
 
 def sparsity(z: Tensor, keep_ratio: float = 0.0, literal: bool = False) -> Tensor:
@@ -227,7 +230,8 @@ class DecouplingLoss:
                 ``n_classes`` values. Only the mutual-information term needs them.
 
         Returns:
-            Scalar with a gradient into controllers, heads and features.
+            Scalar with a gradient into controllers, heads and features; its attribute ``terms`` holds what
+            ``self.terms`` does.
 
         Raises:
             RuntimeError: If there was no forward in training mode since the last call, or no gate has a gradient.
@@ -273,6 +277,7 @@ class DecouplingLoss:
             macs=zero.new_tensor(float("nan")) if macs is None else macs.detach(),
             by_gate=self._detached(by_gate) if self.per_gate else {},
         )
+        total.terms = self.terms  # type: ignore[attr-defined]  # for who keeps the criterion's value apart from the sum
         return total
 
     @staticmethod
