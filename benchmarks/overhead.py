@@ -49,8 +49,8 @@ def main() -> None:
             ratios.append(ours / theirs)
             seconds.append(theirs)
     print(
-        f"training step, batch {args.batch_size}, {args.size} px, {args.threads} threads: plain {min(seconds):.2f} s at best, "
-        f"wrapped / plain {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})"
+        f"training step, batch {args.batch_size}, {args.size} px, {args.threads} threads: plain {min(seconds):.2f} s "
+        f"at best, wrapped / plain {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})"
     )
 
 

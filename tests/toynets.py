@@ -714,14 +714,17 @@ def randomise_gates(model: nn.Module) -> nn.Module:
     controllers = model.decoupling.controllers.values()
     handles = [controller.register_forward_pre_hook(pool) for controller in controllers]
     with eval_mode(model):
-        run(model, random_images(16, model.decoupling.plan.input_size, seed=16))
+        run(model, random_images(16, model.decoupling.plan.input_size, seed=16).to(next(model.parameters())))
     for handle in handles:
         handle.remove()
     model.decoupling.drop_forward()
     for controller in controllers:
-        # Both layers are centred on the mean image: units that never change their state would give all images one path.
+        # Centred on the mean image and in pairs of opposite sign: hidden units that are closed for all images would
+        # give all of them the same path.
         s, fc1, fc2 = pooled[controller], controller.fc1, controller.fc2
         nn.init.normal_(fc1.weight)
+        half = len(fc1.weight) // 2
+        fc1.weight.data[half : 2 * half] = -fc1.weight.data[:half]
         fc1.bias.data = -fc1.weight.detach() @ s.mean(0).to(fc1.weight)
         hidden = F.linear(s.to(fc1.weight), fc1.weight, fc1.bias).detach().relu()
         nn.init.normal_(fc2.weight)

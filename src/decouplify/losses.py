@@ -86,7 +86,7 @@ def kl_divergence(z: Tensor, y: Tensor, literal: bool = False) -> Tensor:
     n_open = z.sum(1, keepdim=True)
     # Where nothing is open there is no distribution, and next to it the gradient would have no bound; nor has that of
     # p log p at a closed gate without eps.
-    p = torch.where(n_open > eps, z / n_open.clamp_min(eps), 0.0)
+    p = torch.where(n_open <= eps, 0.0, z / n_open.clamp_min(eps))
     q = (y + eps) / (y + eps).sum(1, keepdim=True)
     return (p * ((p + eps).log() - q.log())).sum(1).mean()
 

@@ -181,7 +181,7 @@ def test_train_prints_a_table_and_a_line_per_epoch(run, trained, tmp_path):
         (("--data", "nowhere.npz"), "error: no data at nowhere.npz"),
         (("--target", "0.5x"), "error: target='0.5x': a MAC reduction is written like"),
         (("--target", "half"), "error: target='half': a MAC reduction is written like"),
-        (("--target", "1.5"), "error: target=1.5: the keep ratio 1.5 for"),
+        (("--target", "1.5"), "error: target=1.5: the keep ratio 1.5 is not in"),
         (("--out", "/no/such/directory/x.safetensors"), "error: --out /no/such/directory/x.safetensors: there is no"),
         (("--sparsity", "-1"), "error: DecouplingLoss: sparsity=-1.0 must be a number >= 0"),
         (("--device", "abacus"), "error: .*abacus"),

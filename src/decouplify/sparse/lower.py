@@ -58,6 +58,7 @@ class _Fused:
         return self.activation or self.norm or self.conv
 
 
+@torch.no_grad()
 def lower(trace: Trace, matching: Matching, decoupling: Decoupling) -> Lowered:
     """The sparse form of a recorded run.
 
@@ -259,7 +260,7 @@ def _as_function(node: Node) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class _Activation:
-    """A picklable ``lambda y: target(y, *args, **kwargs)``."""
+    """``lambda y: target(y, *args, **kwargs)``, which can be copied and printed."""
 
     target: Any
     args: tuple[Any, ...]
