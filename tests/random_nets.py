@@ -240,6 +240,20 @@ class StandardisedBlock(nn.Module):
         return self.act(self.conv(x)) * 1.7
 
 
+class MixedBranches(nn.Module):
+    """A depthwise and a full convolution of one gated value, summed: only one of them can use the producer's gate."""
+
+    def __init__(self, c: int, k: int, spec: Spec) -> None:
+        super().__init__()
+        self.first = Plain(c, k, spec)
+        self.depthwise, self.full = nn.Conv2d(k, k, 3, 1, 1, groups=k), nn.Conv2d(k, k, 1)
+        self.act = ACTIVATIONS[spec.act]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.act(self.depthwise(x) + self.full(x))
+
+
 BLOCKS: tuple[type[nn.Module], ...] = (
     Plain,
     Functional,
@@ -254,6 +268,7 @@ BLOCKS: tuple[type[nn.Module], ...] = (
     ChannelsLast,
     Twice,
     StandardisedBlock,
+    MixedBranches,
 )
 HEADS = ("linear", "conv", "two", "flatten")
 

@@ -1,151 +1,149 @@
-"""Bad input gets an error that says where, what was given, what was wanted and what to do; nothing is half-changed."""
+"""Mistakes: every message says what was given, what was wanted, and what to do; nothing is changed."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
-import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import decouplify
-from decouplify.errors import NonFiniteError, PlanError, TraceError
-from decouplify.losses import DecouplingLoss
-
-SIZE = (3, 32, 32)
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("test_resnet", num_classes=4)
+from decouplify.decoupling import Decoupling
+from decouplify.errors import CheckpointError, NonFiniteError, PlanError, TraceError, VerificationError
+from toynets import SIZE, TOYS, random_images
 
 
-def state_of(model: nn.Module) -> object:
-    return (
-        list(model.state_dict()),
-        [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()],
-        sorted(vars(model)),
+def build(name: str = "Plain") -> nn.Module:
+    return TOYS[name].build()
+
+
+def check_refused(model: nn.Module, match: str, size: Any = SIZE, error: Any = PlanError, **options: Any) -> None:
+    """``wrap`` and ``inspect`` refuse alike, and the model stays what it was."""
+    keys = list(model.state_dict())
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    with pytest.raises(error, match=match):
+        decouplify.wrap(model, size, **options)
+    assert list(model.state_dict()) == keys
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+
+
+def test_errors_are_value_errors_except_for_a_wrong_result() -> None:
+    assert all(issubclass(e, ValueError) for e in (CheckpointError, NonFiniteError, PlanError, TraceError))
+    assert issubclass(VerificationError, RuntimeError)
+
+
+# Models that cannot be wrapped ----------------------------------------------------------------------------------------
+
+
+def test_a_model_without_convolutions() -> None:
+    check_refused(nn.ReLU(), "ReLU runs no convolution, so there is nothing to gate$")
+    perceptron = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
+    check_refused(
+        perceptron, r"nothing to gate; its linear layers on \(N, H, W, C\) maps can be gated with linear_as_conv"
+    )
+
+
+def test_a_model_of_which_no_convolution_can_be_gated_gets_the_table_of_reasons() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+    model(random_images())
+    check_refused(model, r"no convolution of Sequential can be gated:\n(?s:.*)0 .*first convolution \(skip_first\)")
+    check_refused(build(), "(?s)no convolution of Plain can be gated.*in exclude=", exclude="*")
+
+
+def test_a_model_that_is_wrapped_already() -> None:
+    model = TOYS["Plain"].wrapped()
+    check_refused(model, r"Plain is wrapped already; decouplify.unwrap\(model\) gives the original back")
+    check_refused(nn.Sequential(model), "Sequential is wrapped already")
+    with pytest.raises(PlanError, match="Plain is wrapped already"):
+        decouplify.inspect(model, SIZE)
+    assert isinstance(model.decoupling, Decoupling)
+
+
+def test_a_model_with_an_attribute_of_that_name() -> None:
+    model = build()
+    model.decoupling = "mine"
+    check_refused(model, "Plain has an attribute 'decoupling' of its own, the name that wrap needs")
+    assert model.decoupling == "mine"
+
+
+def test_a_frozen_model() -> None:
+    check_refused(
+        build().requires_grad_(False),
+        r"all 11 parameters of Plain are frozen.*Call model.requires_grad_\(True\), or pass frozen_ok=True",
     )
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "message"),
+    ("size", "match"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (3, 2, 2), "runs no convolution"),
-        (nn.Sequential(nn.Linear(12, 3)), None, "has no convolution .*nothing to gate"),
         (
-            nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()),
-            SIZE,
-            r"no convolution of Sequential can be gated:\n.*first conv",
+            (3, 2, 2),
+            r"NoNorm does not run on one image of size \(3, 2, 2\): .*Give the size of your images as input_size=",
         ),
+        ((1, 16, 16), r"size \(1, 16, 16\): RuntimeError: .*to have 3 channels, but got 1 channels instead"),
+        ((16, 16), r"does not run on one image of size \(16, 16\)"),
     ],
 )
-def test_a_model_with_nothing_to_gate_is_refused(model: nn.Module, size: tuple[int, ...] | None, message: str) -> None:
-    before = state_of(model)
-    with pytest.raises(PlanError, match=f"(?s){message}"):
-        decouplify.wrap(model, size)
-    assert state_of(model) == before
+def test_a_size_on_which_the_model_does_not_run(size: tuple[int, ...], match: str) -> None:
+    check_refused(build("NoNorm"), match, size, TraceError)
 
 
-def test_a_size_that_cannot_run_names_the_size_and_the_remedy() -> None:
-    model = network()
-    before = state_of(model)
-    with pytest.raises(
-        TraceError, match=r"ResNet does not run on one image of size \(1, 32, 32\).*input_size=\(channels"
-    ):
-        decouplify.wrap(model, (1, 32, 32))
-    assert state_of(model) == before
+def test_a_controller_without_hidden_units() -> None:
+    check_refused(build(), "reduction=0: a controller needs at least one", error=ValueError, reduction=0)
 
 
-def test_wrapping_twice_points_to_unwrap() -> None:
-    model = decouplify.wrap(network(), SIZE)
-    before = state_of(model)
-    with pytest.raises(PlanError, match=r"wrapped already; decouplify.unwrap"):
-        decouplify.wrap(model, SIZE)
-    with pytest.raises(PlanError, match="wrapped already"):
-        decouplify.wrap(nn.Sequential(model), SIZE)
-    assert state_of(model) == before
+def test_control_flow_that_depends_on_values() -> None:
+    class Branching(TOYS["Plain"].build):
+        def body(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) if x.mean() > 0 else self.b(x)
+
+    check_refused(Branching(), "reads values of the features .*Wrap a part of the model", error=TraceError)
 
 
-def test_unwrapping_what_is_not_wrapped_is_an_error() -> None:
-    with pytest.raises(ValueError, match="unwrap: ResNet is not wrapped"):
-        decouplify.unwrap(network())
+def test_control_flow_that_differs_from_the_recording() -> None:
+    class Alternating(TOYS["Plain"].build):
+        n_calls = 0
+
+        def body(self, x: Tensor) -> Tensor:
+            self.n_calls += 1
+            return self.b(self.a(x)) if self.n_calls % 2 else self.b(x)
+
+    check_refused(Alternating(), r"does not give the output it gave before.*wrap\(verify=False\) skips this check")
 
 
-def test_a_frozen_model_is_refused_unless_that_is_meant() -> None:
-    model = network().requires_grad_(False)
-    before = state_of(model)
-    with pytest.raises(PlanError, match=r"parameters of ResNet are frozen .*requires_grad_\(True\), or pass frozen_ok"):
-        decouplify.wrap(model, SIZE)
-    assert state_of(model) == before
-    decouplify.wrap(model, SIZE, frozen_ok=True)
-    model.train()
-    criterion = DecouplingLoss(model)
-    model(torch.randn(4, *SIZE))
-    criterion(torch.tensor([0, 1, 2, 3])).backward()
-    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("decoupling."))
-    assert model.decoupling.controllers["layer1__0__conv1"].fc2.bias.grad.abs().sum() > 0
+# Unwrapped models -----------------------------------------------------------------------------------------------------
 
 
-def test_a_taken_attribute_is_not_overwritten() -> None:
-    model = network()
-    model.decoupling = "mine"
-    with pytest.raises(PlanError, match="attribute 'decoupling' of its own"):
-        decouplify.wrap(model, SIZE)
-    assert model.decoupling == "mine"
+def test_functions_for_wrapped_models_refuse_others() -> None:
+    with pytest.raises(ValueError, match="unwrap: Plain is not wrapped"):
+        decouplify.unwrap(build())
+    with pytest.raises(ValueError, match=r"count_macs: Plain is not wrapped; call decouplify.wrap\(model\) first"):
+        decouplify.count_macs(build(), random_images())
+    fast = decouplify.sparsify(TOYS["Plain"].wrapped())
+    with pytest.raises(ValueError, match="verify: Plain is not wrapped"):
+        decouplify.verify(build(), fast, random_images())
 
 
-def test_images_that_are_not_finite_are_refused_everywhere() -> None:
-    model = decouplify.wrap(network(), SIZE).eval()
-    images, labels = torch.randn(4, *SIZE), torch.tensor([0, 1, 2, 3])
-    images[1, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
-    with pytest.raises(NonFiniteError, match="count_macs: 2 values of the images are NaN or infinite"):
-        decouplify.count_macs(model, images)
-    with pytest.raises(NonFiniteError, match="verify: 2 values"):
-        decouplify.verify(model, decouplify.sparsify(model), images)
-    with pytest.raises(NonFiniteError, match="batch 0"):
-        decouplify.record(model, [(images, labels)], progress=False)
-    model.train()
-    criterion = DecouplingLoss(model)
-    model(images)
-    with pytest.raises(NonFiniteError, match=r"the gates of .* are not finite.*Look for NaN"):
-        criterion(labels)
+def test_a_wrapped_part_is_unwrapped_at_the_part() -> None:
+    outer = nn.Sequential(TOYS["Plain"].wrapped())
+    with pytest.raises(ValueError, match="unwrap: Sequential is not wrapped"):
+        decouplify.unwrap(outer)
+    decouplify.unwrap(outer[0])
 
 
-def test_nan_images_give_nan_answers_and_not_closed_gates() -> None:
-    model = decouplify.wrap(network(), SIZE).eval()
-    with torch.no_grad():
-        assert model(torch.full((1, *SIZE), float("nan"))).isnan().all()
+# Images ---------------------------------------------------------------------------------------------------------------
 
 
-def test_another_image_size_is_counted_only_after_wrapping_for_it() -> None:
-    model = decouplify.wrap(network(), SIZE)
-    with pytest.raises(ValueError, match=r"size \(3, 64, 64\) given, the model was wrapped for \(3, 32, 32\)"):
-        decouplify.count_macs(model, torch.randn(1, 3, 64, 64))
+def test_images_to_count_must_be_finite() -> None:
+    images = random_images()
+    images[1, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="count_macs: 1 values of the images are NaN or infinite"):
+        decouplify.count_macs(TOYS["Plain"].wrapped(), images)
 
 
-def test_the_sparse_form_refuses_what_is_no_batch_of_images() -> None:
-    fast = decouplify.sparsify(decouplify.wrap(network(), SIZE))
-    with pytest.raises(ValueError, match=r"images of shape \(3, 32, 32\) given; \(N, C, H, W\)"):
-        fast(torch.randn(*SIZE))
-    with pytest.raises(ValueError, match="N >= 1 wanted"):
-        fast(torch.randn(0, *SIZE))
-
-
-def test_what_needs_a_wrapped_model_says_so() -> None:
-    for call in (decouplify.sparsify, DecouplingLoss, lambda m: decouplify.count_macs(m, torch.randn(1, *SIZE))):
-        with pytest.raises(ValueError, match=r"ResNet is not wrapped; call decouplify.wrap\(model\) first"):
-            call(network())
-
-
-def test_control_flow_on_values_is_refused_with_its_module() -> None:
-    class Picky(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.conv1(x)
-            return self.conv2(x) if x.mean() > 0 else x
-
-    with pytest.raises(TraceError, match=r"reads values of the features .*Wrap a part"):
-        decouplify.inspect(Picky(), SIZE)
+def test_images_to_count_must_have_the_size_of_the_plan() -> None:
+    match = r"images of size \(3, 8, 8\) given, the model was wrapped for \(3, 16, 16\); wrap it with input_size="
+    with pytest.raises(ValueError, match=match):
+        decouplify.count_macs(TOYS["Plain"].wrapped(), torch.zeros(1, 3, 8, 8))

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 import decouplify
 from decouplify.errors import PlanError
 from decouplify.sparse import count_executed_macs
-from random_nets import NetSpec, RandomNet, Spec, build, net_specs
+from random_nets import BLOCKS, MixedBranches, NetSpec, RandomNet, Residual, Spec, build, net_specs
 
 options = {"linear_as_conv": True}
 
@@ -62,7 +62,8 @@ def test_open_gates_change_no_bit_and_unwrapping_gives_the_original(spec: NetSpe
 
 
 @given(net_specs)
-@example(NetSpec(3, ((3, 5, Spec(bias=True, stride=2)), (3, 5, Spec())), "linear", 9, 0))
+@example(NetSpec(3, ((BLOCKS.index(Residual), 5, Spec(bias=True, stride=2)),), "linear", 9, 0))  # padded shortcut
+@example(NetSpec(3, ((BLOCKS.index(MixedBranches), 4, Spec()),), "linear", 9, 0))  # two gates at one end
 def test_masked_and_sparse_form_agree_and_cost_what_was_counted(spec: NetSpec) -> None:
     net = wrapped(spec).double()
     randomise_gates(net, spec.seed)

@@ -123,6 +123,14 @@ def test_models_on_maps_keep_the_structure_of_their_output() -> None:
         assert torch.utils._pytree.tree_structure(found) == torch.utils._pytree.tree_structure(expected)
 
 
+@pytest.mark.parametrize("name", ["Plain", "SharedRelu", "DepthwiseChain", "ParallelBranches", "LayerNormPermuted"])
+def test_undefined_images_give_undefined_answers_in_both_forms_and_not_closed_gates(name: str) -> None:
+    model, fast = masked_and_sparse(name)
+    images = torch.full((1, *SIZE), math.nan)
+    assert run(model, images)[0].isnan().all()
+    assert run(fast, images)[0].isnan().all()
+
+
 # Less work ------------------------------------------------------------------------------------------------------------
 
 

@@ -254,6 +254,8 @@ def _find_parallel_branches(trace: Trace, candidates: list[_Candidate]) -> dict[
         members = _branches_of_sum(trace, node, by_end) if aten.name_of(node) == "add" else None
         if members is None or len(members) < 2 or any(m.name in found for m in members):
             continue
+        if len({_is_depthwise(m.conv) for m in members}) > 1:
+            continue  # a depthwise branch may owe its gate to its producer, the others cannot share that one
         chain = tuple(extend(trace, [Link(node, members[0].chain[-1].axis, "sum")]))
         if next(ends_of(trace, chain), None) is not None:
             first = min(members, key=candidates.index).name
