@@ -40,17 +40,19 @@ decouplify.wrap(model, input_size=(1, 32, 32), input_norm=True)  # + one control
 criterion = decouplify.losses.DecouplingLoss(model, target="2.0x")  # +
 groups = decouplify.losses.parameter_groups(model, lr=0.02, weight_decay=5e-4)  # + gates learn ten times faster
 optimizer = torch.optim.SGD(groups, momentum=0.9)
-n_epochs = 12
-for epoch in range(n_epochs):
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
+for epoch in range(12):
     model.train()
-    model.decoupling.hard = epoch >= 9  # + end as evaluation will be: binary gates, no noise
-    model.decoupling.noise = max(0.0, 1 - epoch / 9)  # +
+    criterion.target_scale = min(1.0, epoch / 4)  # + approach the target step by step
+    model.decoupling.noise = max(0.0, 1 - epoch / 9)  # + less and less noise on the gates,
+    model.decoupling.hard = epoch >= 9  # + and at the end binary gates, as in evaluation
     for images, labels in train_loader:
         loss = F.cross_entropy(model(images), labels)
         loss = loss + criterion(labels)  # +
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    scheduler.step()
 print(f"decoupled: {accuracy(model):.1f} %")
 
 paths = decouplify.record(model, test_loader)  # + which filters each image used
