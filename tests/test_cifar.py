@@ -30,7 +30,7 @@ def test_resnet20_learns_a_path_for_almost_every_image(shared_data: Path, monkey
     dense = evaluate(model.eval(), test_x, test_y)
 
     decouplify.wrap(model, (3, 32, 32), input_norm=True)
-    recipe = DecouplingRecipe(3, lr=0.05, weight_decay=1e-4, warmup_epochs=0.5)
+    recipe = DecouplingRecipe(4, lr=0.05, weight_decay=1e-4, warmup_epochs=0.5, sparsity=3e-3)
     decouple(model, data.train_images[:5000], data.train_labels[:5000], recipe, augment=crop_and_flip)
 
     paths = decouplify.record(model, DataLoader(TensorDataset(test_x, test_y), 250), progress=False)
