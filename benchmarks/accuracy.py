@@ -159,14 +159,13 @@ class Bench:
         loader = DataLoader(TensorDataset(self.test_x, self.test_y), 500)
         paths = decouplify.record(model, loader, progress=False)
         macs = decouplify.count_macs(model, self.test_x)
-        silent, dynamic, energetic = paths.filter_states().totals
-        n_filters = silent + dynamic + energetic
+        states = paths.filter_states()
         return measured | {
             "macs": round(float(macs.executed.double().mean())),
             "mac_reduction": round(macs.reduction, 4),
-            "silent": round(silent / n_filters, 4),
-            "dynamic": round(dynamic / n_filters, 4),
-            "energetic": round(energetic / n_filters, 4),
+            "silent": round(states.totals["silent"] / states.n_filters, 4),
+            "dynamic": round(states.totals["dynamic"] / states.n_filters, 4),
+            "energetic": round(states.totals["energetic"] / states.n_filters, 4),
             "distinct_paths": paths.distinct(),
             "path_knn": round(paths.knn_accuracy(), 4),
             "top1_on_another_images_path": round(100 * self._on_other_paths(model), 2),

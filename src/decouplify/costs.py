@@ -53,6 +53,11 @@ class Reader:
         """Multiply-accumulates with all filters and all channels."""
         return self.n_positions * self.n_outputs * self.n_inputs // self.groups
 
+    @property
+    def is_bilinear(self) -> bool:
+        """Whether its MACs are a product of two sums of gates: one group, and no channel that several gates decide."""
+        return self.groups == 1 and all(s is None or len(s) <= 1 for s in self.exists)
+
 
 def find_readers(trace: Trace, matching: Matching, flow: Flow) -> list[Reader]:
     """Every operator whose multiply-accumulates are counted, in execution order."""
@@ -90,7 +95,19 @@ def channels_exist(gates: Tensor, columns: Tensor) -> Tensor:
     Returns:
         Shape (N, C). For binary gates exactly 0 or 1; in between it is differentiable.
     """
-    return 1 - torch.prod(1 - gates[:, columns], dim=-1)
+    return 1 - _product(1 - gates[:, columns])
+
+
+def _product(factors: Tensor) -> Tensor:
+    """Product over the last dimension.
+
+    The gradient of ``torch.prod`` asks the host whether a factor is 0, which makes a GPU wait at every step.
+    """
+    while factors.shape[-1] > 1:
+        half = factors.shape[-1] // 2
+        pairs = factors[..., :half] * factors[..., half : 2 * half]
+        factors = torch.cat([pairs, factors[..., 2 * half :]], -1)
+    return factors.squeeze(-1)
 
 
 def index_matrix(sets: Sequence[GateSet], columns: Sequence[int]) -> Tensor:
@@ -126,6 +143,7 @@ class CostModel:
         self._columns = columns
         self._n_filters = plan.n_filters
         self._index: dict[tuple[int, torch.device], Tensor | None] = {}
+        self._factors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, trace: Trace, matching: Matching) -> CostModel:
@@ -142,9 +160,34 @@ class CostModel:
         Returns:
             Shape (N,), in the precision of ``gates`` (use float64 for exact counts), differentiable.
         """
-        return sum(
-            (self.of_reader(i, gates) for i in range(len(self.readers))), self.n_controllers + gates[:, :0].sum(1)
-        )
+        others = [i for i, reader in enumerate(self.readers) if not reader.is_bilinear]
+        with torch.autocast(gates.device.type, enabled=False):  # counts are not for half precision
+            return self.n_controllers + self._of_bilinear(gates) + sum(self.of_reader(i, gates) for i in others)
+
+    def _of_bilinear(self, gates: Tensor) -> Tensor:
+        """Executed multiply-accumulates of all bilinear readers together, shape (N,): two matrix products."""
+        filters, channels, n_positions = self._bilinear_factors(gates)
+        known = torch.cat([gates, gates.new_ones(len(gates), 1)], 1)
+        return ((known @ filters) * (known @ channels) * n_positions).sum(1)
+
+    def _bilinear_factors(self, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which gates count as filters and as channels of each reader, (F + 1, R) each, and its positions, (R,).
+
+        The last row counts filters and channels that always exist.
+        """
+        key = (gates.device, gates.dtype)
+        if key not in self._factors:
+            readers = [reader for reader in self.readers if reader.is_bilinear]
+            filters, channels = torch.zeros(2, self._n_filters + 1, len(readers), dtype=torch.float64).unbind()
+            for r, reader in enumerate(readers):
+                for k in range(reader.n_outputs):
+                    filters[self._n_filters if reader.gate is None else self._columns[reader.gate][k], r] += 1
+                for exists in reader.exists:
+                    for column in (self._n_filters,) if exists is None else exists:
+                        channels[column, r] += 1
+            n_positions = torch.tensor([reader.n_positions for reader in readers], dtype=torch.float64)
+            self._factors[key] = filters.to(gates), channels.to(gates), n_positions.to(gates)
+        return self._factors[key]
 
     def of_reader(self, i: int, gates: Tensor) -> Tensor:
         """Executed multiply-accumulates of one reader, shape (N,)."""

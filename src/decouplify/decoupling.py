@@ -230,7 +230,7 @@ class Decoupling(nn.Module):
         if not self.training:
             return binarise(g)
         if self.hard:
-            return straight_through(g, (1.2 * torch.sigmoid(g) - 0.1).clamp(0, 1))
+            return straight_through(g, torch.sigmoid(g))  # not v1: without noise, a gate beyond its flat ends stays
         return improved_semhash(g, self.noise)
 
     def remember(self, end: End, output: Tensor) -> None:

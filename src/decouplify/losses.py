@@ -409,24 +409,36 @@ class DecouplingLoss:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, gate_lr: float | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    gate_lr: float | None = None,
+    head_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimiser groups: the network, and controllers and heads at a learning rate of their own, without weight decay.
+    """Optimiser groups: the network, the controllers, and the heads, each at a learning rate of its own.
 
     Args:
         model: A wrapped model.
         lr: Learning rate of the network.
-        weight_decay: Weight decay of the network. Controllers have none: it would pull their logits to the threshold.
-        gate_lr: Learning rate of controllers and heads, by default 10 ``lr``, the change that helped most in practice.
+        weight_decay: Weight decay of the network. The others have none: it would pull logits to the threshold.
+        gate_lr: Learning rate of controllers, by default 10 ``lr``, the change that helped most in practice.
+        head_lr: Learning rate of the mutual-information loss's heads, by default ``lr``: at the rate of controllers
+            these linear classifiers overshoot, and drag the gates along.
 
     Returns:
-        Two groups for any torch optimiser, every trainable parameter in exactly one.
+        Three groups for any torch optimiser, every trainable parameter in exactly one; fewer if one would be empty.
     """
     decoupling: Decoupling = decoupling_of(model, "parameter_groups")
     ours = {id(p) for p in decoupling.parameters()}
-    network = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
-    gates = [p for p in decoupling.parameters() if p.requires_grad]
-    return [
+    network = [p for p in model.parameters() if id(p) not in ours]
+    groups: list[dict[str, Any]] = [
         {"params": network, "lr": lr, "weight_decay": weight_decay},
-        {"params": gates, "lr": 10 * lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
+        {
+            "params": list(decoupling.controllers.parameters()),
+            "lr": 10 * lr if gate_lr is None else gate_lr,
+            "weight_decay": 0.0,
+        },
+        {"params": list(decoupling.heads.parameters()), "lr": lr if head_lr is None else head_lr, "weight_decay": 0.0},
     ]
+    trainable = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    return [group for group in trainable if group["params"]]

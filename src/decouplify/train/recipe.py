@@ -26,6 +26,7 @@ class Recipe:
         batch_size: Images per step and process.
         weight_decay: Weight decay of the network.
         momentum: Nesterov momentum.
+        clip_norm: Largest norm of all gradients together; larger ones are scaled down. Infinity: never.
         warmup_epochs: Epochs in which the learning rate rises to ``lr``.
         steps: Shares of the run after which the learning rate falls to a tenth, the paper's (0.5, 0.75) for instance;
             empty: half a cosine down to 0.
@@ -46,6 +47,7 @@ class Recipe:
     batch_size: int = 128
     weight_decay: float = 5e-4
     momentum: float = 0.9
+    clip_norm: float = math.inf
     warmup_epochs: float = 1.0
     steps: tuple[float, ...] = ()
     label_smoothing: float = 0.0
@@ -95,7 +97,7 @@ class DecouplingRecipe(Recipe):
         sparsity: lambda_s.
         steering: Weight of a MAC target.
         target: What the sparse term aims at.
-        gate_lr_factor: Learning rate of controllers and heads relative to the network's.
+        gate_lr_factor: Learning rate of controllers relative to the network's; that of heads is the network's.
         anneal: Let the noise on the gates fall linearly from 1 to 0 until the hard phase begins.
         hard_share: Share of the run, at its end, in which gates are binary as in evaluation.
         ramp_share: Share of the run in which the target is approached.

@@ -139,7 +139,6 @@ def decouple(
     frozen = _freeze(model, decoupling, recipe)
     try:
         groups = parameter_groups(model, recipe.lr, recipe.weight_decay, recipe.lr * recipe.gate_lr_factor)
-        groups = [group for group in groups if group["params"]]
         return _Run(model, batches, recipe, groups, criterion, taught_by, progress).run(state, stop_after_s)
     finally:
         decoupling.noise, decoupling.hard = 1.0, False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decouplify.train.batches import Batch
 from decouplify.train.objective import Objective
@@ -42,9 +43,17 @@ class EagerStep:
             self.scaler.scale(loss / len(batches)).backward()
             for name, value in logged.items():
                 means[name] = means.get(name, 0) + value / len(batches)
+        self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return means
+
+    def _clip(self) -> None:
+        largest = self.objective.recipe.clip_norm
+        if largest < math.inf:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, largest)
 
 
 class GraphedStep:
