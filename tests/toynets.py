@@ -636,7 +636,7 @@ class ChannelShuffle(Classifier):
         return self.after(y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
 
 
-@toy({name: ([name], [name]) for name in ("a", "one", "padded", "grouped", "pooled")})
+@toy({name: ([name], [name]) for name in ("a", "one", "pooled", "padded", "grouped")})
 class NormOfGated(Classifier):
     """As DenseNet: norms stand between a gate and what reads it, so that closed channels hold constants."""
 
