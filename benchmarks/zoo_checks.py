@@ -27,15 +27,15 @@ Row = dict[str, Any]
 
 
 def check_plan(name: str) -> Row:
-    """What would be gated and what not, found on the meta device where the network can be built there."""
+    """What would be gated and what not."""
     start = time.monotonic()
-    model, device = _built_on_meta(name)
-    row: Row = {"device": device, "n_params": sum(p.numel() for p in model.parameters())}
     try:
-        plan = _plan(model, image_size(name))
+        model, device, plan = _planned(name)
     except PlanError as error:
-        return {**row, "sites": 0, "checked": f"nothing to gate: {error}"}
-    row |= {
+        return {"sites": 0, "checked": f"nothing to gate: {error}"}
+    row: Row = {
+        "device": device,
+        "n_params": sum(p.numel() for p in model.parameters()),
         "sites": len(plan.sites),
         "gates": len(plan.gates),
         "linear_as_conv": plan.options.linear_as_conv,
@@ -52,13 +52,17 @@ def check_plan(name: str) -> Row:
     return {**row, "checked": "pending", "seconds": round(time.monotonic() - start, 1)}
 
 
-def _built_on_meta(name: str) -> tuple[nn.Module, str]:
-    """The network without memory; some compute with values while they are built, and get memory."""
+def _planned(name: str) -> tuple[nn.Module, str, decouplify.Plan]:
+    """A network and its plan, without memory where possible: some compute with values, or ask for their device."""
     try:
         with torch.device("meta"):
-            return build(name).eval(), "meta"
-    except Exception:  # whatever a constructor raises when a value is missing
-        return build(name).eval(), "cpu"
+            model = build(name).eval()
+        return model, "meta", _plan(model, image_size(name))
+    except PlanError:
+        raise
+    except Exception:  # whatever a constructor or a forward raises when a value is missing
+        model = build(name).eval()
+        return model, "cpu", _plan(model, image_size(name))
 
 
 def _plan(model: nn.Module, size: tuple[int, ...] | None) -> decouplify.Plan:

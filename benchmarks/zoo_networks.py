@@ -22,7 +22,7 @@ SIZES = {
     "torchvision:ssd300_vgg16.backbone": (3, 300, 300),
     "torchvision:ssdlite320_mobilenet_v3_large.backbone": (3, 320, 320),
 }
-VIDEO_SIZES = {"mvit_v1_b": (3, 16, 224, 224), "mvit_v2_s": (3, 16, 224, 224)}
+VIDEO_SIZES = dict.fromkeys(("mvit_v1_b", "mvit_v2_s", "s3d"), (3, 16, 224, 224))
 VIDEO_SIZE = (3, 16, 112, 112)
 
 

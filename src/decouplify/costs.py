@@ -2,8 +2,11 @@
 
 A convolution computes its *open* filters from the input channels that *exist*: those that are not known to be zero. A
 filter is not computed if its gate is closed; a channel does not exist if all gates of its set (see ``flow``) are
-closed. Counted are convolutions, linear layers and the controllers; sums, norms and activations are not, nor is what
-does not depend on the image, such as an embedding of positions.
+closed. A channel that then holds a constant is not read either where the constant can be made a part of the bias: that
+costs one multiply-accumulate per open filter, instead of one per position as well.
+
+Counted are convolutions, linear layers and the controllers; sums, norms and activations are not, nor is what does not
+depend on the image, such as an embedding of positions.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ class Reader:
         n_inputs: Input channels.
         n_outputs: Filters.
         groups: Groups of the convolution.
-        exists: For each input channel its gate set.
+        exists: For each input channel the gates that must all be closed for it to be zero.
+        constant: For each input channel the gates that must all be closed for it to hold another constant that can be
+            made a part of the bias; None where there are no such gates, or the bias cannot stand for it.
         gate: Gate that decides which filters are computed, None if all are.
     """
 
@@ -46,7 +51,13 @@ class Reader:
     n_outputs: int
     groups: int
     exists: tuple[GateSet, ...]
+    constant: tuple[GateSet, ...]
     gate: str | None
+
+    @property
+    def read(self) -> tuple[GateSet, ...]:
+        """For each input channel the gates that must all be closed for it not to be read."""
+        return tuple(z if z is not None else c for z, c in zip(self.exists, self.constant, strict=True))
 
     @property
     def n_macs(self) -> int:
@@ -80,9 +91,23 @@ def _reader(trace: Trace, flow: Flow, node: Node, gate: str | None) -> Reader:
     understood = (is_linear or is_conv) and weight in trace.static
     groups = aten.conv_arguments(node)[3] if is_conv else 1
     n_inputs = int(shape[1]) * groups
-    sets = flow.channels(data, -1 if is_linear else 1) if understood else [None] * n_inputs
     n_positions = n_macs(node) * groups // (int(shape[0]) * n_inputs)
-    return Reader(node.name, trace.owner_of(node), n_positions, n_inputs, int(shape[0]), groups, tuple(sets), gate)
+    # A border of zeros would show in the output; at a single position there is nothing to gain.
+    folds = n_positions > 1 and (is_linear or (is_conv and aten.is_unpadded(node)))
+    axis = -1 if is_linear else 1
+    zeros = flow.zeros(data, axis) if understood else [None] * n_inputs
+    constants = flow.constants(data, axis) if understood and folds else [None] * n_inputs
+    return Reader(
+        node=node.name,
+        name=trace.owner_of(node),
+        n_positions=n_positions,
+        n_inputs=n_inputs,
+        n_outputs=int(shape[0]),
+        groups=groups,
+        exists=tuple(zeros),
+        constant=tuple(constants),
+        gate=gate,
+    )
 
 
 def channels_exist(gates: Tensor, columns: Tensor) -> Tensor:
@@ -193,8 +218,13 @@ class CostModel:
         """Executed multiply-accumulates of one reader, shape (N,)."""
         reader = self.readers[i]
         n_open = self._per_group(self._open(reader, gates), reader.groups)
-        n_existing = self._per_group(self._existing(i, gates), reader.groups)
-        return reader.n_positions * (n_open * n_existing).sum(1)
+        read = self._read(i, gates)
+        n_macs = reader.n_positions * (n_open * self._per_group(read, reader.groups)).sum(1)
+        if all(s is None for s in reader.constant):
+            return n_macs
+        constant = torch.tensor([s is not None for s in reader.constant], device=gates.device)
+        n_folded = self._per_group((1 - read) * constant, reader.groups)
+        return n_macs + (n_open * n_folded).sum(1)
 
     def _open(self, reader: Reader, gates: Tensor) -> Tensor:
         if reader.gate is None:
@@ -202,7 +232,7 @@ class CostModel:
         columns = self._columns[reader.gate]
         return gates[:, columns.start : columns.stop]
 
-    def _existing(self, i: int, gates: Tensor) -> Tensor:
+    def _read(self, i: int, gates: Tensor) -> Tensor:
         reader = self.readers[i]
         columns = self.columns_of(i, gates.device)
         if columns is None:
@@ -211,10 +241,10 @@ class CostModel:
         return channels_exist(padded, columns)
 
     def columns_of(self, i: int, device: torch.device) -> Tensor | None:
-        """Index matrix of a reader's input channels for ``channels_exist``; None if every channel always exists."""
+        """Index matrix of a reader's input channels for ``channels_exist``; None if every channel is always read."""
         key = (i, device)
         if key not in self._index:
-            sets = self.readers[i].exists
+            sets = self.readers[i].read
             everything = range(self._n_filters)
             self._index[key] = None if all(s is None for s in sets) else index_matrix(sets, everything).to(device)
         return self._index[key]
