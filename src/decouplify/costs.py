@@ -66,8 +66,12 @@ class Reader:
 
     @property
     def is_bilinear(self) -> bool:
-        """Whether its MACs are a product of two sums of gates: one group, and no channel that several gates decide."""
-        return self.groups == 1 and all(s is None or len(s) <= 1 for s in self.read)
+        """Whether its MACs are a product of two sums of gates.
+
+        That is so with one group, no channel that several gates decide, and no constant to be folded.
+        """
+        plain = all(s is None or len(s) <= 1 for s in self.exists) and all(s is None for s in self.constant)
+        return plain and self.groups == 1
 
 
 def find_readers(trace: Trace, matching: Matching, flow: Flow) -> list[Reader]:
@@ -207,7 +211,7 @@ class CostModel:
             for r, reader in enumerate(readers):
                 for k in range(reader.n_outputs):
                     filters[self._n_filters if reader.gate is None else self._columns[reader.gate][k], r] += 1
-                for exists in reader.read:
+                for exists in reader.exists:
                     for column in (self._n_filters,) if exists is None else exists:
                         channels[column, r] += 1
             n_positions = torch.tensor([reader.n_positions for reader in readers], dtype=torch.float64)
