@@ -113,13 +113,16 @@ def pseudo_paths(
     """
     rule = thresholds.rule if thresholds is not None else rule
     _check_rule(rule, quantile)
+    if thresholds is None and rule in ("mean", "quantile"):
+        _check_readable_twice(loader)
     observed = _observable_copy(model, like, wrap_options)
     gates: _Gates
     if rule == "cdrp":
         gates = _RoutingGates(observed, gamma, steps, lr)
     else:
         options = {"max_images": max_images, "device": device, "progress": progress}
-        thresholds = thresholds or _thresholds(observed, _readable_twice(loader), rule, quantile, options)
+        if thresholds is None:
+            thresholds = _thresholds(observed, loader, rule, quantile, options)
         gates = _ResponseGates(observed, thresholds)
     recorder = _recorder(gates, loader, margins, max_images, device, progress)
     return recorder.in_memory() if out is None else recorder.to_disk(Path(out).resolve())
@@ -170,13 +173,12 @@ def _check_rule(rule: str, quantile: float) -> None:
         raise ValueError(f"pseudo_paths: quantile is {quantile}, wanted a share of the images in (0, 1)")
 
 
-def _readable_twice(loader: Iterable[Any]) -> Iterable[Any]:
+def _check_readable_twice(loader: Iterable[Any]) -> None:
     if isinstance(loader, Iterator):
         raise TypeError(
             f"pseudo_paths: loader is a {type(loader).__name__}, which can be read once, and thresholds need a first "
             "reading; pass a DataLoader or a list, or thresholds=pseudo_thresholds(...)"
         )
-    return loader
 
 
 def _observable_copy(model: nn.Module, like: nn.Module | None, wrap_options: Mapping[str, Any]) -> nn.Module:

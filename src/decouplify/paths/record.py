@@ -46,7 +46,8 @@ class RunningIdsWarning(UserWarning):
 class Decoupling(Protocol):
     """What ``decouplify.wrap`` puts at ``model.decoupling``, as far as recording needs it."""
 
-    plan: Any
+    @property
+    def plan(self) -> Any: ...
 
     def gates(self) -> Mapping[str, Tensor]: ...
     def margins(self) -> Mapping[str, Tensor]: ...
