@@ -160,7 +160,7 @@ def test_pseudo_paths_refuse(model, batches):
     wrapped = decouplify.wrap(network(), SIZE)
     with pytest.raises(ValueError, match=r"Sequential is wrapped and has real paths: decouplify\.record reads them"):
         pseudo_paths(wrapped, batches)
-    with pytest.raises(TypeError, match=r"list_iterator, which can be read once .* thresholds=pseudo_thresholds"):
+    with pytest.raises(TypeError, match=r"list_iterator, which can be read once, .* thresholds=pseudo_thresholds"):
         pseudo_paths(model, iter(batches), input_size=SIZE)
     with pytest.raises(ValueError, match=r"rule is 'median', wanted one of 'mean', 'quantile', 'active', 'cdrp'"):
         pseudo_paths(model, batches, rule="median")
