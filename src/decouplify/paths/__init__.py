@@ -1,7 +1,8 @@
 """Calculation paths: record them, keep them on disk, and read a network off them.
 
 ``record`` runs a wrapped model and returns a ``PathSet``: per image, which filters were open. A path set answers simple
-questions itself (rates, filter states, distances); ``path_map`` draws it, ``class_information`` relates it to classes.
+questions itself (rates, filter states, distances). The functions here explain a network with it: maps, trees, what
+single filters tell, what they decide when switched by hand, what changes with training.
 """
 
 from decouplify.paths.comparison import BeforeAfter, before_after
