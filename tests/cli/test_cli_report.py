@@ -18,7 +18,7 @@ import torch
 
 import decouplify
 from decouplify.paths import macs_of_paths
-from decouplify.report import headline_facts, report
+from decouplify.reporting import headline_facts, report
 
 pytest.importorskip("plotly")
 pytest.importorskip("sklearn")

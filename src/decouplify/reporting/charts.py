@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from decouplify._optional import import_optional
 from decouplify.paths._layout import filter_slices
 from decouplify.paths.tree import place
-from decouplify.report.findings import Findings
+from decouplify.reporting.findings import Findings
 
 __all__ = ["Chart", "charts_of", "plotly_source"]
 
