@@ -34,6 +34,7 @@ from decouplify.paths._text import plain
 from decouplify.plan import Plan
 from decouplify.registry import build_model, model_kwargs, rebuild_model
 from decouplify.reporting import Fact, headline_facts, study, write_page
+from decouplify.score import score
 from decouplify.sparse import backend
 from decouplify.train import DecouplingRecipe, Recipe, decouple, evaluate, train_dense
 
@@ -102,7 +103,9 @@ def _options(
     """Convolutional networks that pick, for each image, the filters they need."""
 
 
-_Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME or torchvision:NAME.", show_default=False)]
+_Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or cifar:NAME.", show_default=False)
+]
 _Checkpoint = Annotated[Path, typer.Argument(help="A file written by train.", show_default=False)]
 _Data = Annotated[
     str,
@@ -326,6 +329,24 @@ def _epoch_line(title: str, epoch: Mapping[str, Any], n_epochs: int) -> str:
     return line + (f", open {100 * epoch['keep_ratio']:.0f} %" if "keep_ratio" in epoch else "")
 
 
+# evaluate -------------------------------------------------------------------------------------------------------------
+
+
+@app.command(name="evaluate")
+def evaluate_checkpoint(checkpoint: _Checkpoint, data: _Data, device: _Device = "auto", as_json: _Json = False) -> None:
+    """Judge a checkpoint, with or without gates, on the test part of a set, or on all of a set that has none."""
+    opened = _open(checkpoint, data, _device(device))
+    pixels, labels = opened.images.held_out
+    where = next(opened.model.parameters()).device
+    result = score(opened.model, opened.images.normalised(pixels).to(where), torch.from_numpy(labels).to(where))
+    numbers = result.to_dict() | {"checkpoint": str(checkpoint), "data": data}
+    if as_json:
+        _emit(numbers)
+        return
+    facts = [Fact(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in numbers.items()]
+    _print_facts(f"{opened.extra['model']} on {data}", facts)
+
+
 # record and report ----------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +425,7 @@ def _open(checkpoint: Path, data: str, device: torch.device) -> _Opened:
     found = read_record(checkpoint)
     extra = found["extra"]
     model = decouplify.load(rebuild_model(extra), checkpoint).to(device).eval()
-    channels, height, width = Plan.from_dict(found["plan"]).input_size
+    channels, height, width = _input_size(found)
     images = load_images(data, channels=channels, size=(height, width))
     classes = tuple(extra.get("classes", images.class_names))
     if classes != images.class_names:
@@ -415,6 +436,18 @@ def _open(checkpoint: Path, data: str, device: torch.device) -> _Opened:
     if "mean" in extra and "std" in extra:
         images = images.normalised_as(extra["mean"], extra["std"])
     return _Opened(model, extra, images)
+
+
+def _input_size(found: Mapping[str, Any]) -> tuple[int, ...]:
+    """Size of the images a checkpoint's network was made for: of its plan, or as recorded if it has no gates."""
+    if found["plan"] is not None:
+        return Plan.from_dict(found["plan"]).input_size
+    size = found["extra"].get("input_size")
+    if not isinstance(size, list) or len(size) != 3:
+        raise CheckpointError(
+            'the checkpoint has no gates and no "input_size": [C, H, W] in its extra facts; save it so'
+        )
+    return tuple(map(int, size))
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from decouplify.decoupling import Decoupling
-from decouplify.macs import count_macs
-from decouplify.modes import eval_mode
-from decouplify.paths import PathSet, record
-from decouplify.plan import Plan
+from decouplify.paths import macs_of_paths, record
+from decouplify.train import evaluate
 
 __all__ = ["Score", "score"]
 
@@ -60,18 +57,20 @@ def score(model: nn.Module, images: Tensor, labels: Tensor) -> Score:
         ValueError: If images and labels do not fit each other.
     """
     if len(images) != len(labels) or len(images) < 2:
-        raise ValueError(f"score: {len(images)} images and {len(labels)} labels given; equally many, at least 2, wanted")
-    batches = list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True))
+        raise ValueError(
+            f"score: {len(images)} images and {len(labels)} labels given; equally many, at least 2, wanted"
+        )
     if not isinstance(getattr(model, "decoupling", None), Decoupling):
-        return Score(len(images), _top1(model, batches), 1.0)
+        return Score(len(images), evaluate(model, images, labels, _BATCH), 1.0)
+    batches = list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True))
     paths = record(model, batches, progress=False)
-    assert paths.preds is not None and paths.labels is not None
+    assert paths.labels is not None
     states = paths.filter_states()
     shares = {name: n / states.n_filters for name, n in states.totals.items()}
     return Score(
         n_images=len(images),
         top1=float((paths.preds == paths.labels).mean()),
-        mac_reduction=_reduction(model, paths),
+        mac_reduction=macs_of_paths(model, paths).reduction,
         silent=shares["silent"],
         dynamic=shares["dynamic"],
         energetic=shares["energetic"],
