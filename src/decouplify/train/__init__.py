@@ -2,7 +2,8 @@
 
 Nothing here is needed to use the library in a loop of one's own; it is what the command line and the examples run. In
 the order of the story: ``recipe`` (how), ``batches`` (on what), ``objective`` (the loss of one batch), ``step`` (one
-update), ``run`` (schedules, epochs, resuming), ``finish`` (norms and thresholds for evaluation), ``log``.
+update), ``schedule`` (noise, targets), ``run`` (epochs, resuming), ``finish`` (norms and thresholds for evaluation),
+``log``.
 """
 
 from decouplify.train.batches import LoaderBatches, TensorBatches
@@ -12,9 +13,11 @@ from decouplify.train.log import json_lines, progress_bar, tensorboard, together
 from decouplify.train.objective import distillation
 from decouplify.train.recipe import DecouplingRecipe, Recipe
 from decouplify.train.run import History, decouple, train_dense
+from decouplify.train.schedule import GateSchedule
 
 __all__ = [
     "DecouplingRecipe",
+    "GateSchedule",
     "History",
     "LoaderBatches",
     "Recipe",

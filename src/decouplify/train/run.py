@@ -22,6 +22,7 @@ from decouplify.train.finish import calibrate, executed_share, reestimate_norms
 from decouplify.train.log import Progress
 from decouplify.train.objective import Objective
 from decouplify.train.recipe import DecouplingRecipe, Recipe
+from decouplify.train.schedule import GateSchedule, put
 from decouplify.train.state import read_state, rng_state, set_rng_state, write_state
 from decouplify.train.step import EagerStep, GraphedStep, Step
 
@@ -136,12 +137,13 @@ def decouple(
     if taught_by is None and not labelled:
         raise ValueError("decouple: neither labels nor a teacher to learn from; give labels, or teacher='original'")
     batches = _batches(model, images, labels, recipe, augment, labelled=labelled)
+    schedule = GateSchedule(model, criterion, recipe)
     frozen = _freeze(model, decoupling, recipe)
     try:
         groups = parameter_groups(model, recipe.lr, recipe.weight_decay, recipe.lr * recipe.gate_lr_factor)
-        return _Run(model, batches, recipe, groups, criterion, taught_by, progress).run(state, stop_after_s)
+        return _Run(model, batches, recipe, groups, criterion, taught_by, progress, schedule).run(state, stop_after_s)
     finally:
-        decoupling.noise, decoupling.hard = 1.0, False
+        schedule.end()
         for parameter in frozen:
             parameter.requires_grad_(True)
 
@@ -210,11 +212,11 @@ class _Run:
         criterion: DecouplingLoss | None,
         teacher: nn.Module | None,
         progress: Progress | None,
+        schedule: GateSchedule | None = None,
     ) -> None:
         self.model, self.batches, self.recipe = model, batches, recipe
-        self.criterion, self.progress = criterion, progress
+        self.criterion, self.progress, self.schedule = criterion, progress, schedule
         self.device = next(model.parameters()).device
-        self.aim = 1.0  # steers by what evaluation measures: 1 unless training gates mislead
         graphed = recipe.cuda_graphs and self.device.type == "cuda" and not dist.is_initialized()
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -223,9 +225,8 @@ class _Run:
         eager = EagerStep(Objective(self._parallel(), recipe, criterion, teacher), self.optimizer)
         self.step: Step = GraphedStep(eager) if graphed else eager
         self.scaler = eager.scaler
-        if graphed and criterion is not None:
-            scalars = torch.ones(3, device=self.device)
-            decoupling_of(model).noise, criterion.target_scale, criterion.information_scale = scalars.unbind()
+        if graphed and schedule is not None:
+            schedule.on_device(self.device)
 
     def _optimizer(self, groups: list[dict[str, Any]], graphed: bool) -> torch.optim.Optimizer:
         if graphed:  # a graph reads its learning rates from memory
@@ -295,30 +296,17 @@ class _Run:
     def _schedule(self, progress: float) -> object:
         """Set what depends on progress; returns the phase, which changes when more than numbers do."""
         for group, peak in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
-            _put(group, "lr", peak * self.recipe.lr_factor(progress))
-        if self.criterion is None or not isinstance(self.recipe, DecouplingRecipe):
-            return None
-        gates = decoupling_of(self.model)
-        gates.hard = self.recipe.is_hard(progress)
-        _put(vars(gates), "noise", self.recipe.noise(progress))
-        _put(vars(self.criterion), "target_scale", self.aim * self.recipe.target_scale(progress))
-        _put(vars(self.criterion), "information_scale", self.recipe.information_scale(progress))
-        return gates.hard
+            put(group, "lr", peak * self.recipe.lr_factor(progress))
+        return None if self.schedule is None else self.schedule.set(progress)
 
     def _measure(self, numbers: dict[str, float]) -> None:
-        """Compare the MACs of evaluation with the target, and aim higher or lower from now on.
-
-        Noise, and norms that see the batch, make training gates execute other MACs than evaluation does.
-        """
-        if self.criterion is None or self.criterion.target_macs is None:
+        """With a target in MACs: what evaluation executes, to steer by."""
+        if self.schedule is None or self.criterion is None or self.criterion.target_macs is None:
             return
-        assert isinstance(self.recipe, DecouplingRecipe)
         epoch = int(numbers["epoch"])
         images = [x for x, _ in islice(self.batches.epoch(epoch), _N_MEASURED)]
         numbers["measured"] = executed_share(self.model, images)
-        if self.recipe.target_scale(epoch / self.recipe.epochs) == 1 and self.criterion.target_macs < 1:
-            miss = (numbers["measured"] - self.criterion.target_macs) / (1 - self.criterion.target_macs)
-            self.aim = min(1.3, max(0.7, self.aim + 0.25 * miss))
+        self.schedule.correct(epoch / self.recipe.epochs, numbers["measured"])
 
     def _finish(self, history: History) -> None:
         """Norms and thresholds for evaluation; also where the schedule stopped early."""
@@ -348,7 +336,7 @@ class _Run:
                 "scaler": self.scaler.state_dict(),
                 "rng": rng_state(self.device),
                 "history": asdict(history),
-                "aim": self.aim,
+                "aim": 1.0 if self.schedule is None else self.schedule.aim,
             },
         )
 
@@ -360,19 +348,12 @@ class _Run:
         self.optimizer.load_state_dict(_on(state["optimizer"], self.device))
         self.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"], self.device)
-        self.aim = state["aim"]
+        if self.schedule is not None:
+            self.schedule.aim = state["aim"]
         for name, value in state["history"].items():
             setattr(history, name, value)
         if history.finished:
             self.model.eval()
-
-
-def _put(owner: dict[str, Any], name: str, value: float) -> None:
-    """Set a number, in place where it lives on a device."""
-    if isinstance(owner[name], Tensor):
-        owner[name].fill_(value)
-    else:
-        owner[name] = value
 
 
 def _on(state: Any, device: torch.device) -> Any:
