@@ -78,9 +78,11 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
         if missing := [column for column in columns if column not in header]:
             raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(header) or 'nothing'}")
         for row in reader:
-            if None in row or None in row.values():
-                n_cells = len(header) + (len(row[None]) if None in row else -list(row.values()).count(None))  # type: ignore[call-overload]  # DictReader files surplus cells under None
-                raise ValueError(f"{path}, line {reader.line_num}: {n_cells} cells, the header has {len(header)}")
+            if None in row or None in row.values():  # where DictReader puts surplus cells, and what it fills up with
+                more_or_fewer = "more" if None in row else "fewer"
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {more_or_fewer} cells than the {len(header)} of the header"
+                )
             yield reader.line_num, row
 
 

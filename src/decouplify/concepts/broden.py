@@ -137,7 +137,9 @@ def decode_labels(values: NDArray[np.uint8]) -> NDArray[np.int32]:
 def _choose_categories(root: Path, wanted: Iterable[str] | None) -> tuple[str, ...]:
     path = root / "index.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the directory that BRODEN unpacks to, such as broden1_224")
+        raise FileNotFoundError(
+            f"{path} does not exist; give the directory that BRODEN unpacks to, such as broden1_224"
+        )
     header = path.open(encoding="utf-8-sig").readline().strip().split(",")
     if missing := [name for name in _FIXED if name not in header]:
         raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(header)}")
@@ -209,21 +211,17 @@ def _parse_cell(cell: str, category: str, where: str) -> tuple[tuple[int, ...], 
     """Whole-image labels and label pictures of one cell: "314;194" or "a.png;b.png"."""
     parts = [part.strip() for part in cell.split(";") if part.strip()]
     pictures = tuple(part for part in parts if part.endswith(".png"))
-    numbers = tuple(
-        as_integer(part, f"an entry of {category}", where) for part in parts if not part.endswith(".png")
-    )
+    numbers = tuple(as_integer(part, f"an entry of {category}", where) for part in parts if not part.endswith(".png"))
     return numbers, pictures
 
 
 def _check_pictures(root: Path, rows: Iterable[_Row]) -> None:
     """Raise unless every picture is there: better now than hours into a run."""
     folder = root / "images"
-    found = {os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names}
+    found = {path.relative_to(folder) for path in folder.rglob("*.*")}
     for row in rows:
         for name in (row.image, *(name for names in row.layers.values() for name in names)):
-            if os.path.normpath(name) not in found:
+            if Path(name) not in found:
                 raise FileNotFoundError(
                     f"{folder / name} does not exist; it is named by {root / 'index.csv'}, line {row.line}"
                 )
-
-

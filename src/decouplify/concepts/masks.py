@@ -22,8 +22,8 @@ from decouplify.concepts.data import (
 
 __all__ = ["VOC_CLASSES", "MaskFolder", "load_masks", "load_voc"]
 
-_VOC = "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep"
-VOC_CLASSES = (*_VOC.split(), "sofa", "train", "tvmonitor")
+_VOC = "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant"
+VOC_CLASSES = (*_VOC.split(), "sheep", "sofa", "train", "tvmonitor")
 """The twenty classes of PASCAL VOC, numbered from 1."""
 
 _VOID = 255  # the borders of VOC's objects
@@ -114,10 +114,9 @@ def load_masks(
     stems = sorted(found[1]) if ids is None else list(ids)
     if not stems:
         raise ValueError(f"{folder} has no label pictures ({', '.join(_SUFFIXES)})")
-    for stem in stems:
-        for which, there in zip(("images", "masks"), found, strict=True):
-            if stem not in there:
-                raise FileNotFoundError(f"no picture {stem!r} in {which} folder {images if which == 'images' else masks}")
+    for folder_of, there in ((images, found[0]), (masks, found[1])):
+        if missing := [stem for stem in stems if stem not in there]:
+            raise FileNotFoundError(f"{folder_of} has no picture {missing[0]!r} ({', '.join(_SUFFIXES)})")
     files = tuple((found[0][stem], found[1][stem]) for stem in stems)
     return MaskFolder(concepts, files, as_size(size), as_size(mask_size), ignore, transform)
 
@@ -146,7 +145,9 @@ def load_voc(
     root = Path(directory)
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not listed.is_file():
-        raise FileNotFoundError(f"{listed} does not exist; give the directory with JPEGImages in it, and a split it has")
+        raise FileNotFoundError(
+            f"{listed} does not exist; give the directory with JPEGImages in it, and a split it has"
+        )
     ids = listed.read_text().split()
     if not ids:
         raise ValueError(f"{listed} lists no image")

@@ -1,8 +1,8 @@
 """Small pictures of coloured shapes with known concepts: to try the analyses, and to test them.
 
-Every picture shows one of three objects, a *ball*, a *box* or a *kite*, in one of three colours, often with a part on it
-(a *spot* or a *door*), sometimes behind a *pole*, on the ground of a *day* or a *night*. The colour tells nothing about
-the object.
+Every picture shows one of three objects, a *ball*, a *box* or a *kite*, in one of three colours, often with a part on
+it (a *spot* or a *door*), sometimes behind a *pole*, on the ground of a *day* or a *night*. The colour tells nothing
+about the object.
 """
 
 from __future__ import annotations
@@ -124,7 +124,10 @@ def _draw(rng: np.random.Generator, size: int, name: str) -> tuple[ConceptImage,
     layers = {
         "color": [_labels(_NUMBER[("red-c", "green-c", "blue-c")[color]], visible & ~inner)],
         # The pole stands before the object: where both are, the object is the second label.
-        "object": [_labels(_NUMBER[kind], visible) + _labels(_NUMBER["pole"], pole), _labels(_NUMBER[kind], body & pole)],
+        "object": [
+            _labels(_NUMBER[kind], visible) + _labels(_NUMBER["pole"], pole),
+            _labels(_NUMBER[kind], body & pole),
+        ],
         "part": [_labels(_NUMBER["spot" if kind == "ball" else "door"], part_visible)],
     }
     layers = {category: [m for m in maps if m.any()] for category, maps in layers.items()}
