@@ -30,7 +30,7 @@ def read_pixels(path: Path, where: str, size: Size | None = None) -> NDArray[np.
     picture = _open(path, where).convert("RGB")
     if size is not None and picture.size != size[::-1]:
         picture = picture.resize(size[::-1], import_optional("PIL.Image", "reading pictures").Resampling.BILINEAR)
-    return np.asarray(picture, dtype=np.uint8)
+    return np.array(picture, dtype=np.uint8)  # a copy, because torch wants to be able to write
 
 
 def read_values(path: Path, where: str) -> NDArray[np.uint8]:

@@ -15,12 +15,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OUTLINE = (255, 214, 0)
+_SIDE = 200  # pixels at least, or the outline would cover what it surrounds
 
 
 def overlay(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
-    """The image with everything outside the mask darkened, and the mask outlined; shape (H, W, 3)."""
-    where = resize_nearest(mask, (pixels.shape[0], pixels.shape[1]))
-    shown = np.broadcast_to(pixels, (*pixels.shape[:2], 3)) if pixels.shape[2] == 1 else pixels[..., :3]
+    """The image with everything outside the mask darkened, and the mask outlined.
+
+    Returns:
+        Shape (m H, m W, 3): a small image is enlarged by a whole number m.
+    """
+    times = -(-_SIDE // min(pixels.shape[:2]))
+    shown = pixels.repeat(times, axis=0).repeat(times, axis=1)
+    shown = np.broadcast_to(shown, (*shown.shape[:2], 3)) if shown.shape[2] == 1 else shown[..., :3]
+    where = resize_nearest(mask, (shown.shape[0], shown.shape[1]))
     lit = np.where(where[..., None], shown, shown // 4)
     lit[_edge(where)] = _OUTLINE
     return lit

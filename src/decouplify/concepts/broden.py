@@ -140,7 +140,8 @@ def _choose_categories(root: Path, wanted: Iterable[str] | None) -> tuple[str, .
         raise FileNotFoundError(
             f"{path} does not exist; give the directory that BRODEN unpacks to, such as broden1_224"
         )
-    header = path.open(encoding="utf-8-sig").readline().strip().split(",")
+    with path.open(encoding="utf-8-sig") as file:
+        header = file.readline().strip().split(",")
     if missing := [name for name in _FIXED if name not in header]:
         raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(header)}")
     present = tuple(name for name in header if name not in _FIXED)

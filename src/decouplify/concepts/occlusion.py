@@ -239,7 +239,7 @@ class ConceptOcclusion(Result):
         cascaded = np.array([_mean(layer.cascaded_off) for layer in self.layers])
         control = [_mean(layer.control_off) for layer in self.layers]
         ax.bar(x, direct, 0.7, color="#35587f", label="directly")
-        ax.bar(x, cascaded, 0.7, bottom=direct, color="#9db7d5", label="because others did")
+        ax.bar(x, cascaded, 0.7, bottom=direct, color="#9db7d5", label="because earlier filters did")
         ax.hlines(control, x - 0.4, x + 0.4, color="#e08214", linewidth=2, label="another part hidden")
         label_layers(ax, [layer.name for layer in self.layers])
         ax.set_ylabel("filters switched off per image")

@@ -56,10 +56,9 @@ def planted_concepts(n_images: int = 200, size: int = 64, seed: int = 0) -> Conc
         seed: Seed of all that is random.
 
     Raises:
-        ValueError: If the pictures would be too small to show anything.
+        ValueError: If the pictures would be too small to show anything, or of an odd size.
     """
-    if n_images < 1 or size < 16:
-        raise ValueError(f"planted_concepts: {n_images} images of size {size}; wanted at least 1 of size 16")
+    _check(n_images, size, "planted_concepts")
     rng = np.random.default_rng(seed)
     images = [_draw(rng, size, f"scene_{i:04d}.png") for i in range(n_images)]
     return ConceptImages(_CONCEPTS, [image for image, _ in images], _GREY)
@@ -82,16 +81,20 @@ def write_mini_broden(directory: str | os.PathLike[str], n_images: int = 20, siz
 
     Raises:
         FileExistsError: If the directory holds anything.
+        ValueError: If the pictures would be too small to show anything, or of an odd size.
     """
+    _check(n_images, size, "write_mini_broden")
     root = Path(directory)
     (root / "images" / "synthetic").mkdir(parents=True, exist_ok=True)
     if sorted(path.name for path in root.iterdir()) != ["images"]:
         raise FileExistsError(f"{root} is not empty; give another directory")
+    pillow = import_optional("PIL.Image", "writing pictures")
     rng = np.random.default_rng(seed)
     rows, drawn = [], []
     for i in range(n_images):
         image, layers = _draw(rng, size, f"synthetic/scene_{i:04d}.png")
         split = "train" if i < 0.7 * n_images else "val"
+        pillow.fromarray(image.pixels).save(root / "images" / image.name)
         cells = _write_labels(root, image, layers) if i % 10 != 9 else {}
         if i % 10 == 4:
             cells["part"] = ""  # not labelled for parts, whether it has some or not
@@ -100,6 +103,13 @@ def write_mini_broden(directory: str | os.PathLike[str], n_images: int = 20, siz
     _write_csv(root / "index.csv", ["image", "split", "ih", "iw", "sh", "sw", *_categories()], rows)
     _write_tables(root, drawn)
     return root
+
+
+def _check(n_images: int, size: int, caller: str) -> None:
+    if n_images < 1 or size < 16 or size % 2:
+        raise ValueError(
+            f"{caller}: {n_images} images of size {size} asked for, wanted at least 1, of an even size >= 16"
+        )
 
 
 def _categories() -> tuple[str, ...]:
@@ -121,13 +131,11 @@ def _draw(rng: np.random.Generator, size: int, name: str) -> tuple[ConceptImage,
     pole = _pole(rng, size) if rng.random() < 0.3 else np.zeros_like(body)
     canvas[pole] = 20.0
     visible, part_visible = body & ~pole, inner & ~pole
+    object_labels, pole_labels = _labels(_NUMBER[kind], body), _labels(_NUMBER["pole"], pole)
     layers = {
         "color": [_labels(_NUMBER[("red-c", "green-c", "blue-c")[color]], visible & ~inner)],
-        # The pole stands before the object: where both are, the object is the second label.
-        "object": [
-            _labels(_NUMBER[kind], visible) + _labels(_NUMBER["pole"], pole),
-            _labels(_NUMBER[kind], body & pole),
-        ],
+        # The pole stands before the object; what it hides of it is a second label there.
+        "object": [np.where(pole_labels, pole_labels, object_labels), np.where(pole_labels, object_labels, 0)],
         "part": [_labels(_NUMBER["spot" if kind == "ball" else "door"], part_visible)],
     }
     layers = {category: [m for m in maps if m.any()] for category, maps in layers.items()}
@@ -155,14 +163,15 @@ def _pole(rng: np.random.Generator, size: int) -> Mask:
 
 
 def _labels(number: int, where: Mask) -> NDArray[np.int32]:
-    """A label map on the half grid."""
-    return number * where[::2, ::2].astype(np.int32)
+    """A label map on the half grid: labelled where at least half of the four pixels are."""
+    height, width = where.shape
+    n_inside = where.reshape(height // 2, 2, width // 2, 2).sum(axis=(1, 3))
+    return np.where(n_inside >= 2, number, 0).astype(np.int32)
 
 
 def _write_labels(root: Path, image: ConceptImage, layers: dict[str, list[NDArray[np.int32]]]) -> dict[str, str]:
-    """Write the picture and its label pictures; the cells of the index by category."""
+    """Write the label pictures; the cells of the index by category."""
     pillow = import_optional("PIL.Image", "writing pictures")
-    pillow.fromarray(image.pixels).save(root / "images" / image.name)
     cells = {}
     for category, maps in layers.items():
         names = []
