@@ -17,6 +17,7 @@ from decouplify.concepts import (
     Concept,
     ConceptImage,
     ConceptImages,
+    Scaled,
     find_concept,
     load_broden,
     load_coco,
@@ -27,6 +28,7 @@ from decouplify.concepts import (
 )
 from decouplify.concepts.broden import decode_labels
 from decouplify.concepts.data import resize_nearest
+from decouplify.data import Normalise
 
 
 @pytest.fixture
@@ -358,3 +360,13 @@ def test_nearest_scaling_keeps_the_middle() -> None:
     image = torch.arange(35.0).reshape(1, 1, 5, 7)
     exact = torch.nn.functional.interpolate(image, size=(9, 4), mode="nearest-exact")[0, 0]
     assert np.array_equal(resize_nearest(image[0, 0].numpy(), (9, 4)), exact.numpy())
+
+
+def test_scaled_transforms_bring_images_to_the_networks_size() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    plain = Normalise((0.5,), (0.25,))
+    assert torch.equal(Scaled((3, 40, 30), plain)(pixels), plain(pixels))
+    grey = Scaled((1, 20, 15), plain)(pixels)
+    assert grey.shape == (1, 20, 15)
+    assert float(grey.mean()) == pytest.approx(float(plain(pixels).mean()), abs=0.02)
+    assert torch.equal(Scaled((3, 8, 8), plain)(pixels[:, :, :1])[0], Scaled((1, 8, 8), plain)(pixels[:, :, :1])[0])

@@ -9,7 +9,15 @@ concept closely, ``filter_cards`` shows what a filter looks at.
 from decouplify.concepts.broden import Broden, load_broden
 from decouplify.concepts.cards import CardImage, FilterCard, FilterCards, filter_cards
 from decouplify.concepts.coco import CocoImages, load_coco
-from decouplify.concepts.data import IMAGENET, Concept, ConceptDataset, ConceptImage, ConceptImages, find_concept
+from decouplify.concepts.data import (
+    IMAGENET,
+    Concept,
+    ConceptDataset,
+    ConceptImage,
+    ConceptImages,
+    Scaled,
+    find_concept,
+)
 from decouplify.concepts.masks import VOC_CLASSES, MaskFolder, load_masks, load_voc
 from decouplify.concepts.occlusion import ConceptOcclusion, Example, LayerChanges, SwitchedFilter, occlude_concept
 from decouplify.concepts.representation import ConceptCover, Representation, representation_ability
@@ -39,6 +47,7 @@ __all__ = [
     "LayerScores",
     "MaskFolder",
     "Representation",
+    "Scaled",
     "SwitchedFilter",
     "Thresholds",
     "ValueHistogram",

@@ -8,18 +8,40 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from decouplify.data import Normalise
 
-__all__ = ["IMAGENET", "Concept", "ConceptDataset", "ConceptImage", "ConceptImages", "find_concept"]
+__all__ = ["IMAGENET", "Concept", "ConceptDataset", "ConceptImage", "ConceptImages", "Scaled", "find_concept"]
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Transform: TypeAlias = Callable[[Pixels], Tensor]
 
 IMAGENET = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """What networks trained on ImageNet expect; the readers' default."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A transform that brings images to the size a network reads, for label sets that come in another.
+
+    Attributes:
+        size: What the network reads, (C, H, W) with C = 1 or 3.
+        normalise: What follows.
+    """
+
+    size: tuple[int, int, int]
+    normalise: Normalise = IMAGENET
+
+    def __call__(self, pixels: Pixels) -> Tensor:
+        """Float32 image (C, H, W) of pixels (H', W', C')."""
+        image = torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, 0)[None].float()
+        image = F.interpolate(image, size=self.size[1:], mode="bilinear", align_corners=False, antialias=True)[0]
+        image = image.mean(0, keepdim=True) if self.size[0] == 1 else image.expand(self.size)
+        return self.normalise(image.round().clamp(0, 255).to(torch.uint8).movedim(0, -1).numpy())
 
 
 @dataclass(frozen=True)
