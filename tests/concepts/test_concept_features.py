@@ -15,7 +15,7 @@ from toynets import SIZE, TOYS
 def test_features_are_those_behind_the_gates(name: str) -> None:
     model = TOYS[name].wrapped().train()
     plan = model.decoupling.plan
-    gates = {gate.name: (torch.arange(gate.n_filters) % 3).sign() for gate in plan.gates}
+    gates = {gate.name: (torch.arange(gate.n_filters) > 0).float() for gate in plan.gates}
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     with FeatureTap(model, [site.name for site in plan.sites]) as tap, model.decoupling.forced(gates):
         maps = tap(torch.randn(2, *SIZE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,16 @@ def test_cards_hold_the_strongest_images(chain: nn.Module, squares: ConceptImage
     silent = filter_cards(chain, squares, [("conv2", 2)], thresholds=thresholds)
     assert silent.cards[0].images == ()
     assert "none" in silent.summary()
+
+
+def test_cards_begin_with_the_strongest_image(chain: nn.Module, squares: ConceptImages) -> None:
+    brightness = [0.7, 1.0, 0.8, 0.6, 0.9]
+    dimmed = [
+        replace(image, pixels=(image.pixels * share).astype(np.uint8))
+        for image, share in zip(squares.images, brightness, strict=False)
+    ]
+    cards = filter_cards(chain, replace(squares, images=dimmed), [("conv2", 0)], top=3, batch_size=2)
+    assert [image.name for image in cards.cards[0].images] == ["square 1", "square 4", "square 2"]
 
 
 def test_overlays_light_the_mask_and_darken_the_rest() -> None:
