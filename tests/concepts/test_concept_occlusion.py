@@ -136,7 +136,9 @@ def test_cards_begin_with_the_strongest_image(chain: nn.Module, squares: Concept
         replace(image, pixels=(image.pixels * share).astype(np.uint8))
         for image, share in zip(squares.images, brightness, strict=False)
     ]
-    cards = filter_cards(chain, replace(squares, images=dimmed), [("conv2", 0)], top=3, batch_size=2)
+    data = replace(squares, images=dimmed)
+    thresholds = collect_thresholds(chain, data, "conv2", quantile=0.3)  # so that all squares are above it
+    cards = filter_cards(chain, data, [("conv2", 0)], top=3, thresholds=thresholds, batch_size=2)
     assert [image.name for image in cards.cards[0].images] == ["square 1", "square 4", "square 2"]
 
 
