@@ -146,6 +146,21 @@ def test_closed_filters_are_never_active_and_modes_return(scenes: ConceptImages)
     assert scores.n_images == 30
 
 
+def test_a_layer_that_is_closed_altogether(scenes: ConceptImages) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    decouplify.wrap(model, (3, 32, 32))
+    with torch.no_grad():
+        model.decoupling.controllers["1"].fc2.bias.fill_(-1)
+    state = torch.get_rng_state()
+    layer = interpretability(model, scenes, min_images=5, max_images=20).layer("1")
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are the caller's
+    assert (layer.mean(), layer.mean("paper")) == (0, 0)
+    assert np.isnan(layer.mean("paper", include_silent=False))
+    assert (layer.p_values() == 1).all()
+
+
 def test_the_null_pairs_each_image_with_others(planted: nn.Module) -> None:
     same = planted_concepts(1, 32).images[0]
     data = ConceptImages(planted_concepts(1, 32).concepts, [same] * 6, planted_concepts(1, 32).transform)
@@ -162,6 +177,8 @@ def test_concepts_in_too_few_images_have_no_score(planted: nn.Module, scenes: Co
     assert np.isnan(layer.measures["iou"]).all()
     assert (layer.measures["paper"] <= scores.n_present / 20).all()
     assert scores.ranking() == []
+    assert np.isnan(layer.p_values()).all()
+    assert scores.to_dict()["layers"][0]["iou"]["mean"] is None
     assert "0 concepts in at least 1000 of 20 images" in scores.summary()
 
 

@@ -40,6 +40,7 @@ def stream(
         sampler=order,
         num_workers=num_workers,
         collate_fn=list,
+        generator=torch.Generator(),  # or the loader would draw from the caller's
     )
     with progress_bar(progress, title, len(order)) as advance:
         for images in loader:

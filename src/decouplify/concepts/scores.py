@@ -95,16 +95,16 @@ class LayerScores:
         return _best(self.measures[measure])
 
     def mean(self, measure: Measure = "iou", include_silent: bool = True) -> float:
-        """Mean over the filters; those never active count 0, as in the paper, or not at all."""
+        """Mean over the filters; those never active count 0, as in the paper, or not at all. NaN if none is left."""
         values = self.best(measure)
-        return float(values.mean() if include_silent else values[self.n_fired > 0].mean())
+        kept = values if include_silent else values[self.n_fired > 0]
+        return float(kept.mean()) if len(kept) else float("nan")
 
     def p_values(self, measure: Measure = "iou") -> NDArray[np.float64]:
-        """(1 + random pairings that do as well) / (1 + B) per filter, shape (K,)."""
-        null = self.null[measure]
-        as_well = (null >= self.best(measure)).sum(axis=0)
-        p: NDArray[np.float64] = (1 + as_well) / (1 + len(null))
-        return p
+        """(1 + random pairings that do as well) / (1 + B) per filter, shape (K,); NaN where there is no score."""
+        null, best = self.null[measure], self.best(measure)
+        as_well = (null >= best).sum(axis=0)
+        return np.where(np.isnan(best), np.nan, (1 + as_well) / (1 + len(null)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -33,6 +33,7 @@ __all__ = ["Thresholds", "ValueHistogram", "collect_thresholds"]
 _SHIFT = 16
 _SMALLEST, _LARGEST = 2.0**-20, 2.0**20  # about 1e-6 to 1e6; smaller magnitudes count as 0
 _FIRST = int(np.float32(_SMALLEST).view(np.int32)) >> _SHIFT
+_N_AT_ONCE = 1 << 22  # counting takes some 30 bytes per value
 _N_BINS = (int(np.float32(_LARGEST).view(np.int32)) >> _SHIFT) - _FIRST
 
 
@@ -67,7 +68,11 @@ class ValueHistogram:
         Raises:
             ValueError: If a value is beyond 1e6 in magnitude; the quantile might not be found then.
         """
-        values = features.transpose(0, 1).flatten(1).float().contiguous()  # (K, N H W)
+        for part in features.split(max(1, _N_AT_ONCE // features[0].numel())):
+            self._update(part.transpose(0, 1).flatten(1).float().contiguous())
+
+    def _update(self, values: Tensor) -> None:
+        """Count values (K, n)."""
         magnitude = values.abs()
         if float(magnitude.amax()) >= _LARGEST:
             raise ValueError(f"activations reach {float(magnitude.amax()):.3g}; thresholds are found up to 1e6")
@@ -249,6 +254,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         # Sums are much faster than hashing all bytes, and no training step leaves all of them alone.
-        sums = (float(tensor.double().sum()), float(tensor.double().square().sum()))
-        digest.update(f"{name}{tuple(tensor.shape)}{sums}".encode())
+        total = tensor.sum(dtype=torch.float64)
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64) if tensor.is_floating_point() else total
+        digest.update(f"{name}{tuple(tensor.shape)}{float(total)}{float(norm)}".encode())
     return digest.hexdigest()[:16]
