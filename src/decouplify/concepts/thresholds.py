@@ -33,8 +33,8 @@ __all__ = ["Thresholds", "ValueHistogram", "collect_thresholds"]
 _SHIFT = 16
 _SMALLEST, _LARGEST = 2.0**-20, 2.0**20  # about 1e-6 to 1e6; smaller magnitudes count as 0
 _FIRST = int(np.float32(_SMALLEST).view(np.int32)) >> _SHIFT
-_N_AT_ONCE = 1 << 22  # counting takes some 30 bytes per value
 _N_BINS = (int(np.float32(_LARGEST).view(np.int32)) >> _SHIFT) - _FIRST
+_N_AT_ONCE = 1 << 22  # counting takes some 30 bytes per value
 
 
 class ValueHistogram:
@@ -97,7 +97,7 @@ class ValueHistogram:
             self.negative = other.negative.clone() if self.negative is None else self.negative + other.negative
 
     def upper_quantile(self, share: float) -> Tensor:
-        """The value that at most ``share`` of each filter's values exceed, shape (K,), float32.
+        """The value that a ``share`` of each filter's values exceeds, shape (K,), float32.
 
         Exact would be the value at position floor(share n) of the sorted ones, largest first. What comes back is just
         below the bin of that value, so at most 0.8 % smaller, and values equal to the exact one exceed it: a filter
@@ -111,14 +111,13 @@ class ValueHistogram:
 
     def _ascending(self) -> tuple[Tensor, Tensor]:
         """All counts (K, B) from the lowest bin to the highest, and just below which value each begins (B,)."""
-        bits = (torch.arange(_N_BINS, dtype=torch.int32) + _FIRST) << _SHIFT
-        edges = torch.nextafter(bits.view(torch.float32), torch.tensor(-torch.inf))
-        # Nothing lies below the smallest magnitude but what counts as zero.
-        counts, starts = [self.zero[:, None], self.positive], [torch.zeros(1), edges]
-        if self.negative is not None:
-            following = (torch.arange(_N_BINS, dtype=torch.int32) + _FIRST + 1) << _SHIFT
+        bits = (torch.arange(_N_BINS + 1, dtype=torch.int32) + _FIRST) << _SHIFT
+        edges = bits.view(torch.float32)
+        below = torch.nextafter(edges[:-1], torch.tensor(-torch.inf))
+        counts, starts = [self.zero[:, None], self.positive], [torch.zeros(1), below]
+        if self.negative is not None:  # mirrored, so the upper edge of a magnitude is the lower one of the value
             counts.insert(0, self.negative.flip(1))
-            starts.insert(0, -following.view(torch.float32).flip(0))
+            starts.insert(0, -edges[1:].flip(0))
         return torch.cat(counts, 1), torch.cat(starts)
 
 
