@@ -156,7 +156,7 @@ class Representation(Result):
             middle = x[i * len(self.layers) : (i + 1) * len(self.layers)].mean()
             ax.annotate(category, (middle, 1.0), xycoords=("data", "axes fraction"), ha="center", va="top")
         ax.margins(y=0.15)
-        ax.set_ylabel(f"overlap with the concept ({reduce} over images)")
+        ax.set_ylabel(f"overlap with the concept ({reduce} over images)", fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         title = f"Representation ability{' of ' + self.model if self.model else ''}"
