@@ -316,6 +316,17 @@ def interpretability(
         ValueError: If a number is out of range, there are fewer than 2 images, there is no such layer, a label is
             unknown, or the thresholds belong to other weights.
         NonFiniteError: If an image or a feature is not finite.
+
+    Examples:
+        A network with one filter, which answers to red, on pictures of coloured shapes:
+
+        >>> from decouplify.concepts import planted_concepts
+        >>> network = nn.Sequential(nn.Conv2d(3, 1, 1), nn.ReLU())
+        >>> _ = nn.init.constant_(network[0].bias, -1.0)
+        >>> _ = network[0].weight.data.copy_(torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1))
+        >>> scores = interpretability(network, planted_concepts(60, 32), "1", quantile=0.03, min_images=5)
+        >>> scores.ranking(1)[0].concept.name
+        'red-c'
     """
     if n_permutations < 1 or min_images < 1 or not 0 <= iou_threshold < 1:
         raise ValueError(
