@@ -30,12 +30,12 @@ from decouplify.data import ImageSet, Normalise, load_images
 from decouplify.errors import CheckpointError
 from decouplify.losses import parse_target
 from decouplify.macs import MacCount
-from decouplify.paths import FilterStates, PathSet
+from decouplify.paths import FilterStates, PathSet, macs_of_paths
 from decouplify.paths._text import plain
 from decouplify.plan import Plan
 from decouplify.registry import build_model, model_kwargs, rebuild_model
-from decouplify.report import Fact, headline_facts, macs_of_paths
-from decouplify.report import report as write_report
+from decouplify.reporting import Fact, headline_facts, study, write_page
+from decouplify.score import score
 from decouplify.sparse import backend
 from decouplify.train import DecouplingRecipe, Recipe, decouple, evaluate, train_dense
 
@@ -104,7 +104,9 @@ def _options(
     """Convolutional networks that pick, for each image, the filters they need."""
 
 
-_Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME or torchvision:NAME.", show_default=False)]
+_Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or cifar:NAME.", show_default=False)
+]
 _Checkpoint = Annotated[Path, typer.Argument(help="A file written by train.", show_default=False)]
 _Data = Annotated[
     str,
@@ -328,6 +330,24 @@ def _epoch_line(title: str, epoch: Mapping[str, Any], n_epochs: int) -> str:
     return line + (f", open {100 * epoch['keep_ratio']:.0f} %" if "keep_ratio" in epoch else "")
 
 
+# evaluate -------------------------------------------------------------------------------------------------------------
+
+
+@app.command(name="evaluate")
+def evaluate_checkpoint(checkpoint: _Checkpoint, data: _Data, device: _Device = "auto", as_json: _Json = False) -> None:
+    """Judge a checkpoint, with or without gates, on the test part of a set, or on all of a set that has none."""
+    opened = _open(checkpoint, data, _device(device))
+    pixels, labels = opened.images.held_out
+    where = next(opened.model.parameters()).device
+    result = score(opened.model, opened.images.normalised(pixels).to(where), torch.from_numpy(labels).to(where))
+    numbers = result.to_dict() | {"checkpoint": str(checkpoint), "data": data}
+    if as_json:
+        _emit(numbers)
+        return
+    facts = [Fact(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in numbers.items()]
+    _print_facts(f"{opened.extra['model']} on {data}", facts)
+
+
 # record and report ----------------------------------------------------------------------------------------------------
 
 
@@ -365,27 +385,29 @@ def report(
     device: _Device = "auto",
     as_json: _Json = False,
 ) -> None:
-    """Write one HTML page about a checkpoint: its numbers, path maps, filter states and work per image."""
+    """Write one HTML page about a checkpoint: numbers, path map, decision tree, telling filters, work per image."""
     opened = _open(checkpoint, data, _device(device))
-    pixels, _ = opened.images.pixels(split.value)
-    images, labels = opened.images.tensors(split.value)
-    paths = decouplify.record(opened.model, opened.images.loader(split.value))
-    measured = _time_forms(opened.model, images[:_N_TIMED]) if timings else {}
-    written = write_report(
+    images = opened.images
+    found = study(
         opened.model,
-        images,
-        labels,
+        images.loader(split.value),
+        class_names=images.class_names,
+        mean=images.mean,
+        std=images.std,
+        max_images=None,
+    )
+    n_timed = min(_N_TIMED, len(found.paths))
+    measured = _time_forms(opened.model, images.tensors(split.value)[0][:n_timed]) if timings else {}
+    written = write_page(
+        found,
         out,
         title=f"{opened.extra['model']} on {Path(data).name}",
-        class_names=opened.images.class_names,
-        paths=paths,
         timings=measured,
-        timing_note=_how_timed(len(images)),
+        timing_note=_how_timed(n_timed),
         facts=_known_facts(opened.extra, data, split),
-        pictures=pixels,
     )
     if as_json:
-        numbers = _numbers(paths, macs_of_paths(opened.model, paths))
+        numbers = _numbers(found.paths, found.macs)
         _emit({"out": str(written), "data": data, "split": split.value, "timings_ms": measured, **numbers})
         return
     _print(f"report: {written}")
@@ -450,7 +472,7 @@ def _open(checkpoint: Path, data: str, device: torch.device) -> _Opened:
     found = read_record(checkpoint)
     extra = found["extra"]
     model = decouplify.load(rebuild_model(extra), checkpoint).to(device).eval()
-    channels, height, width = Plan.from_dict(found["plan"]).input_size
+    channels, height, width = _input_size(found)
     images = load_images(data, channels=channels, size=(height, width))
     classes = tuple(extra.get("classes", images.class_names))
     if classes != images.class_names:
@@ -461,6 +483,18 @@ def _open(checkpoint: Path, data: str, device: torch.device) -> _Opened:
     if "mean" in extra and "std" in extra:
         images = images.normalised_as(extra["mean"], extra["std"])
     return _Opened(model, extra, images)
+
+
+def _input_size(found: Mapping[str, Any]) -> tuple[int, ...]:
+    """Size of the images a checkpoint's network was made for: of its plan, or as recorded if it has no gates."""
+    if found["plan"] is not None:
+        return Plan.from_dict(found["plan"]).input_size
+    size = found["extra"].get("input_size")
+    if not isinstance(size, list) or len(size) != 3:
+        raise CheckpointError(
+            'the checkpoint has no gates and no "input_size": [C, H, W] in its extra facts; save it so'
+        )
+    return tuple(map(int, size))
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -489,8 +523,8 @@ def _time_forms(model: nn.Module, images: Tensor) -> dict[str, float]:
     return {name: statistics.median(values[len(images) :]) for name, values in times.items()}
 
 
-def _how_timed(n_images: int) -> str:
-    n, n_threads = min(_N_TIMED, n_images), torch.get_num_threads()
+def _how_timed(n: int) -> str:
+    n_threads = torch.get_num_threads()
     threads = "1 thread" if n_threads == 1 else f"{n_threads} threads"
     return (
         f"median of {n} images, one at a time on the CPU, {threads}; dense: the network without gates in eager "

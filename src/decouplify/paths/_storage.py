@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ MANIFEST = "manifest.json"
 FORMAT = "decouplify.pathset"
 FORMAT_VERSION = 1
 ARRAYS = ("bits", "margins", "ids", "labels", "preds", "conf")
+_SCATTERED_ROWS = 256
 _OUR_FILES = {MANIFEST, *(f"{name}.npy" for name in ARRAYS)}
 
 
@@ -180,3 +182,26 @@ def read_array(directory: Path, name: str, mmap: bool) -> NDArray[Any] | None:
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as an array ({error}); copy or record the path set again") from error
     return array
+
+
+def forget_pages(array: NDArray[Any]) -> None:
+    """Give back the memory through which a mapped file was just read.
+
+    A file that is read once from end to end would otherwise stay in this process until something needs the memory, and
+    a set of paths larger than what a job was granted would count against it. The file itself stays as it is.
+    """
+    mapped = getattr(array, "_mmap", None)  # where np.memmap, and every view of one, keeps its map
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def take_rows(array: NDArray[Any], rows: NDArray[np.intp]) -> NDArray[Any]:
+    """A copy of the rows of an array that may be mapped from a file.
+
+    A few at a time: touching one row maps up to half a megabyte around it.
+    """
+    taken = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    for start in range(0, len(rows), _SCATTERED_ROWS):
+        taken[start : start + _SCATTERED_ROWS] = array[rows[start : start + _SCATTERED_ROWS]]
+        forget_pages(array)
+    return taken

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,8 +15,9 @@ from decouplify.train.batches import Batch
 
 __all__ = ["calibrate", "executed_share", "reestimate_norms"]
 
-_N_HALVINGS = 25
-_WIDEST = 8.0  # logits; farther than that no controller stands from its threshold for long
+_NARROWEST, _WIDEST = 0.02, 8.0  # logits; no controller stands farther from its threshold for long
+_CLOSE = 1e-3  # relative distance from the target that is good enough
+_N_HALVINGS = 20
 
 
 @torch.no_grad()
@@ -102,17 +103,39 @@ def calibrate(model: nn.Module, images: Iterable[Tensor], target_macs: float) ->
     biases = [bias for name, bias in decoupling.controllers.named_parameters() if name.endswith("fc2.bias")]
     kept = [bias.clone() for bias in biases]
 
-    def share(shift: float) -> float:
+    def excess(shift: float) -> float:
         for bias, value in zip(biases, kept, strict=True):
             bias.copy_(value + shift)
-        return executed_share(model, images)
+        return executed_share(model, images) / target_macs - 1
 
-    low, high = -_WIDEST, _WIDEST
-    if not share(low) <= target_macs <= share(high):
-        share(0.0)
+    shift = _root(excess)
+    if shift is None:
+        excess(0.0)
         return 0.0
+    return shift
+
+
+def _root(excess: Callable[[float], float]) -> float | None:
+    """A shift after which MACs are at most the target and close to it, or None if there is none within reach.
+
+    Args:
+        excess: MACs relative to the target minus 1, rising with the shift; the last shift it is called with stays.
+    """
+    here = excess(0.0)
+    if -_CLOSE <= here <= 0:
+        return 0.0
+    sign = -1.0 if here > 0 else 1.0
+    near, far = 0.0, sign * _NARROWEST
+    while (there := excess(far)) * sign < 0:
+        if abs(far) >= _WIDEST:
+            return None
+        near, far = far, 2 * far
+    low, high = (far, near) if sign < 0 else (near, far)
     for _ in range(_N_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if share(middle) > target_macs else (middle, high)
-    share(low)  # the side on which no more than the target is executed
+        there = excess(middle)
+        if -_CLOSE <= there <= 0:
+            return middle
+        low, high = (middle, high) if there < 0 else (low, middle)
+    excess(low)
     return low
