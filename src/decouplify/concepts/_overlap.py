@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -52,18 +53,18 @@ class Encoder:
     concepts: Sequence[Concept]
     device: torch.device
 
-    @property
+    @cached_property
     def categories(self) -> list[str]:
         """All categories, in the order in which the concepts name them first."""
         return list(dict.fromkeys(concept.category for concept in self.concepts))
 
-    @property
+    @cached_property
     def category_of(self) -> Tensor:
         """Position of each concept's category, shape (T,)."""
         position = {name: i for i, name in enumerate(self.categories)}
         return torch.tensor([position[c.category] for c in self.concepts], device=self.device)
 
-    @property
+    @cached_property
     def column_of(self) -> Mapping[int, int]:
         """Position of each concept by number."""
         return {concept.number: i for i, concept in enumerate(self.concepts)}

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,13 +79,16 @@ class Broden:
             f"{', '.join(self.categories)}; {self.n_dropped} images without any of them left out)"
         )
 
+    @cached_property
+    def _known(self) -> set[int]:
+        return {concept.number for concept in self.concepts}
+
     def _read_layer(self, name: str, grid: tuple[int, int], where: str) -> NDArray[np.int32]:
         path = self.directory / "images" / name
         numbers = decode_labels(read_values(path, where))
         if numbers.shape != grid:
             raise ValueError(f"{path} ({where}) has size {numbers.shape}, the index says (sh, sw) = {grid}")
-        known = {concept.number for concept in self.concepts}
-        if unknown := sorted({int(n) for n in np.unique(numbers)} - {0} - known):
+        if unknown := sorted({int(n) for n in np.unique(numbers)} - {0} - self._known):
             raise ValueError(
                 f"{path} ({where}) has the label {unknown[0]}, which label.csv does not list under any of "
                 f"{', '.join(self.categories)}"
