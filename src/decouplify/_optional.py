@@ -24,7 +24,7 @@ def import_optional(module: str, purpose: str, extra: str = "analysis") -> Modul
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0].replace("sklearn", "scikit-learn")
+        package = module.partition(".")[0].replace("sklearn", "scikit-learn").replace("PIL", "pillow")
         raise ImportError(f'{purpose} needs {package}; install it with: pip install "decouplify[{extra}]"') from error
 
 
