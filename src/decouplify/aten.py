@@ -38,6 +38,7 @@ __all__ = [
     "argument",
     "averages_padding",
     "conv_arguments",
+    "depends_on_values",
     "has_fixed_statistics",
     "is_global_pool",
     "is_random",
@@ -167,7 +168,8 @@ ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 #: Reductions of which the result is zero where everything reduced is zero.
 REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 
-#: Reading values back to Python; a graph recorded from one image would not hold for the next.
+#: Reading values back to Python, or making as many elements as there are such values; a graph recorded from one image
+#: would not hold for the next.
 READS_VALUES = frozenset(
     {
         "_local_scalar_dense",
@@ -177,6 +179,7 @@ READS_VALUES = frozenset(
         "is_nonzero",
         "item",
         "masked_select",
+        "nms",  # of torchvision, for detection
         "nonzero",
         "unique_dim",
     }
@@ -309,6 +312,13 @@ def is_global_pool(node: Node) -> bool:
 def is_transposed(node: Node) -> bool:
     """Whether a convolution node is a transposed one."""
     return "transpose" in name_of(node) or bool(argument(node, "transposed", False))
+
+
+def depends_on_values(target: Any) -> bool:
+    """Whether an operator tells Python about the values of its inputs, if only by the size of its result."""
+    name = target._schema.name.split("::")[1]
+    only_condition = name == "where" and len(target._schema.arguments) == 1
+    return name in READS_VALUES or only_condition or torch.Tag.dynamic_output_shape in target.tags
 
 
 def is_random(target: Any) -> bool:
