@@ -80,7 +80,7 @@ def test_one_of_two_inputs_can_be_wrapped() -> None:
 
     model = Stereo().eval()
     with pytest.raises(
-        TraceError, match="missing 1 required positional argument: 'right'.*wrap its convolutional back"
+        TraceError, match=r"missing 1 required positional argument: 'right'.*wrap its convolutional back"
     ):
         decouplify.wrap(model, (3, 16, 16))
     left, right = torch.randn(2, 2, 3, 16, 16)

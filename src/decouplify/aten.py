@@ -41,6 +41,7 @@ __all__ = [
     "depends_on_values",
     "has_fixed_statistics",
     "is_global_pool",
+    "is_padded_view_of",
     "is_random",
     "is_spatial_zero_pad",
     "is_transposed",
@@ -282,6 +283,15 @@ def is_unpadded(node: Node) -> bool:
         kernel = value_of(node.args[1]).shape[2:]  # type: ignore[arg-type]  # a weight is a node
         return padding == "valid" or kernel.numel() == 1
     return not any(padding)
+
+
+def is_padded_view_of(data: object, x: Node) -> bool:
+    """Whether ``data`` is ``x``, perhaps zero-padded by the convolving module itself (TensorFlow's SAME)."""
+    while isinstance(data, Node) and data is not x:
+        if name_of(data) not in IDENTITIES | PADS:
+            return False
+        data = data.args[0]
+    return data is x
 
 
 def is_spatial_zero_pad(node: Node) -> bool:

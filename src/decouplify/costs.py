@@ -34,6 +34,8 @@ class Reader:
     Attributes:
         node: Name of the node in the recorded graph.
         name: Name of the module.
+        receives: Whether the module receives what it reads as its first argument, and may be asked for it.
+        axis: Channel axis of what is read, 1 or -1.
         n_positions: Multiply-accumulates per pair of one filter and one input channel.
         n_inputs: Input channels.
         n_outputs: Filters.
@@ -46,6 +48,8 @@ class Reader:
 
     node: str
     name: str
+    receives: bool
+    axis: int
     n_positions: int
     n_inputs: int
     n_outputs: int
@@ -95,6 +99,8 @@ def _reader(trace: Trace, flow: Flow, node: Node, gate: str | None) -> Reader:
     return Reader(
         node=node.name,
         name=trace.owner_of(node),
+        receives=_receives(trace, node),
+        axis=axis,
         n_positions=n_positions,
         n_inputs=n_inputs,
         n_outputs=int(shape[0]),
@@ -103,6 +109,13 @@ def _reader(trace: Trace, flow: Flow, node: Node, gate: str | None) -> Reader:
         constant=tuple(constants),
         gate=gate,
     )
+
+
+def _receives(trace: Trace, node: Node) -> bool:
+    """Whether the innermost module is called once, with what the node reads as its first argument."""
+    call = trace.call_of(node)
+    x = call.inputs[0] if call.inputs else None
+    return x is not None and trace.n_calls[call.name] == 1 and aten.is_padded_view_of(node.args[0], x)
 
 
 def channels_exist(gates: Tensor, columns: Tensor) -> Tensor:

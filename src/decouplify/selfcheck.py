@@ -53,10 +53,8 @@ def check_known_channels(model: nn.Module, decoupling: Decoupling, images: Tenso
     gates = {g.name: (torch.rand(g.n_filters, generator=generator) < 0.5).to(images) for g in plan.gates}
     path = torch.cat([gates[g.name] for g in plan.gates])
     wrong: list[str] = []
-    zeros = [(r, _ZeroCheck(r.name, channels, wrong)) for r, channels in _expected(decoupling, path, "exists")]
-    constants = [
-        (r, _ConstantCheck(r.name, channels, wrong)) for r, channels in _expected(decoupling, path, "constant")
-    ]
+    zeros = [(r, _ZeroCheck(r, channels, wrong)) for r, channels in _expected(decoupling, path, "exists")]
+    constants = [(r, _ConstantCheck(r, channels, wrong)) for r, channels in _expected(decoupling, path, "constant")]
     if constants:
         _run(model, decoupling, {name: torch.zeros_like(z) for name, z in gates.items()}, images, constants)
     _run(model, decoupling, gates, images, [*zeros, *constants])
@@ -85,28 +83,26 @@ def _run(
 
 
 def _expected(decoupling: Decoupling, path: Tensor, what: str) -> Iterator[tuple[Reader, Tensor]]:
-    """Readers that are modules, with the indices of the channels that a path makes zero or constant."""
-    names = [reader.name for reader in decoupling.costs.readers]
+    """Readers that can be asked, with the indices of the channels that a path makes zero or constant."""
     is_open = path.tolist()
     for reader in decoupling.costs.readers:
         sets = getattr(reader, what)
         known = [c for c, s in enumerate(sets) if s is not None and not any(is_open[i] for i in s)]
-        if known and reader.name and names.count(reader.name) == 1:
+        if known and reader.receives:
             yield reader, torch.tensor(known, device=path.device)
 
 
 class _ZeroCheck:
-    def __init__(self, name: str, channels: Tensor, wrong: list[str]) -> None:
-        self.name, self.channels, self.wrong = name, channels, wrong
+    def __init__(self, reader: Reader, channels: Tensor, wrong: list[str]) -> None:
+        self.reader, self.channels, self.wrong = reader, channels, wrong
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(args[0], Tensor) and self.features(module, args[0]).ne(0).any():
-            self.wrong.append(self.name)
+        if self.features(args[0]).ne(0).any():
+            self.wrong.append(self.reader.name)
 
-    def features(self, module: nn.Module, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         """The channels in question, shape (positions, channels)."""
-        axis = -1 if isinstance(module, nn.Linear) else 1
-        return x.index_select(axis, self.channels).movedim(axis, -1).flatten(0, -2)
+        return x.index_select(self.reader.axis, self.channels).movedim(self.reader.axis, -1).flatten(0, -2)
 
 
 class _ConstantCheck(_ZeroCheck):
@@ -115,8 +111,8 @@ class _ConstantCheck(_ZeroCheck):
     expected: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        found = self.features(module, args[0])
+        found = self.features(args[0])
         self.expected = found[:1].clone() if self.expected is None else self.expected
         tolerance = 100 * torch.finfo(found.dtype).eps * float(self.expected.abs().max())
         if not float((found - self.expected).abs().max()) <= tolerance:
-            self.wrong.append(self.name)
+            self.wrong.append(self.reader.name)
