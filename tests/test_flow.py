@@ -215,6 +215,8 @@ OPERATORS = {
     "upsample": lambda x, y: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
     "concatenate": lambda x, y: torch.cat([x, y], 1),
     "stack and sum": lambda x, y: torch.stack([x, y]).sum(0),
+    "concatenate by another name": lambda x, y: torch.concat([x, torch.hstack([y, x])], 1),
+    "swap axes": lambda x, y: x.swapaxes(1, 2).mT.moveaxis(1, -1).swapdims(1, 2).fliplr().mT.transpose(1, 2),
     "flip channels": lambda x, y: x.flip(1),
     "roll channels": lambda x, y: x.roll(1, 1),
     "split and swap": lambda x, y: torch.cat(x.split([1, 3], 1)[::-1], 1),

@@ -127,20 +127,28 @@ SPATIAL = frozenset(
 #: Operators that only move elements; run on a tensor of labels they tell where each element went.
 MOVES = frozenset(
     {
+        "_unsafe_view",
         "cat",
         "channel_shuffle",
         "chunk",
+        "concat",
+        "concatenate",
         "expand",
         "expand_as",
         "flatten",
         "flip",
+        "fliplr",
+        "hstack",
         "index_select",
+        "mT",
+        "moveaxis",
         "movedim",
         "narrow",
         "native_channel_shuffle",
         "permute",
         "pixel_shuffle",
         "pixel_unshuffle",
+        "ravel",
         "repeat",
         "repeat_interleave",
         "reshape",
@@ -152,6 +160,8 @@ MOVES = frozenset(
         "split_with_sizes",
         "squeeze",
         "stack",
+        "swapaxes",
+        "swapdims",
         "tensor_split",
         "transpose",
         "unbind",
@@ -161,7 +171,6 @@ MOVES = frozenset(
         "unsqueeze",
         "view",
         "view_as",
-        "_unsafe_view",
     }
 )
 
