@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from decouplify import aten
 from decouplify.flow import Flow, GateSet, gate_columns
+from decouplify.modes import uncollected
 from decouplify.plan import Plan
 from decouplify.sites import Matching, n_macs
 from decouplify.trace import Trace
@@ -168,8 +169,9 @@ class CostModel:
     @classmethod
     def of(cls, trace: Trace, matching: Matching) -> CostModel:
         """The cost model of a recorded run."""
-        flow = Flow(trace, matching)
-        return cls(matching.plan, find_readers(trace, matching, flow), gate_columns(matching))
+        with uncollected():
+            flow = Flow(trace, matching)
+            return cls(matching.plan, find_readers(trace, matching, flow), gate_columns(matching))
 
     def executed(self, gates: Tensor) -> Tensor:
         """Multiply-accumulates per image, controllers included.

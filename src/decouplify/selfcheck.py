@@ -14,16 +14,32 @@ from decouplify.errors import PlanError
 from decouplify.modes import eval_mode
 from decouplify.plan import Plan
 
-__all__ = ["check_known_channels", "check_same_outputs", "outputs", "random_images"]
+__all__ = ["affordable_size", "check_known_channels", "check_same_outputs", "outputs", "random_images"]
 
 
-def random_images(model: nn.Module, plan: Plan) -> Tensor | None:
-    """Two images for verification; None if the model has no values to compute with."""
+#: Multiply-accumulates per image that verification may cost before it tries a smaller image.
+AFFORDABLE_MACS = 8e9
+
+
+def affordable_size(plan: Plan) -> tuple[int, ...]:
+    """The plan's image size, or a smaller one of the same shape on which verification takes seconds.
+
+    Sides stay multiples of 32, and at least 64, so that the last of five halvings leaves more than one position.
+    """
+    channels, height, width = plan.input_size
+    shrink = (AFFORDABLE_MACS / max(plan.n_macs, 1)) ** 0.5
+    if shrink >= 1:
+        return plan.input_size
+    return (channels, *(min(side, max(64, 32 * int(shrink * side / 32))) for side in (height, width)))
+
+
+def random_images(model: nn.Module, size: tuple[int, ...]) -> Tensor | None:
+    """Two images (C, H, W) for verification; None if the model has no values to compute with."""
     sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if sample.device.type == "meta":
         return None
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, *plan.input_size, generator=generator).to(sample)
+    return torch.randn(2, *size, generator=generator).to(sample)
 
 
 def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:

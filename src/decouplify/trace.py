@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from decouplify import aten
 from decouplify.errors import TraceError
+from decouplify.modes import uncollected
 
 __all__ = ["ModuleCall", "Trace", "copy_sharing_tensors", "default_input_size", "trace"]
 
@@ -100,7 +101,7 @@ def trace(model: nn.Module, input_size: tuple[int, ...]) -> Trace:
         TraceError: If the model does not run on this size, or its control flow depends on values of the features.
     """
     try:
-        with _quiet_fake_tensors():
+        with _quiet_fake_tensors(), uncollected():
             return _record(model, input_size, fake=True)
     except Exception as fake_error:  # anything a forward may raise; the real run below tells apart whose fault it is
         try:
