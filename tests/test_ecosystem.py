@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 import decouplify
@@ -118,6 +122,64 @@ def test_bfloat16_autocast_trains_gates_in_float32() -> None:
     assert all(g.isfinite().all() for g in gradients(model).values())
 
 
+def test_half_precision_with_a_loss_scale_trains_gates_in_float32() -> None:
+    model = small_resnet().train()
+    criterion = DecouplingLoss(model, target="1.5x")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    x, y = batch()
+    controller = model.decoupling.controllers["layer1__0__conv1"]
+    before = controller.fc2.bias.clone()
+    with torch.autocast("cpu", dtype=torch.float16):
+        logits = model(x)
+        assert logits.dtype == torch.float16
+        assert all(z.dtype == torch.float32 for z in model.decoupling.gates().values())
+        loss = F.cross_entropy(logits, y) + criterion(y)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**10  # no step was skipped
+    assert not torch.equal(controller.fc2.bias, before)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_gates_that_overflow_half_precision_skip_the_step_not_the_training() -> None:
+    model = small_resnet().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    x, y = batch()
+    before = copy.deepcopy(model.state_dict())
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = F.cross_entropy(model(x), y)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() < 2.0**127
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_two_models_in_two_threads_keep_to_themselves() -> None:
+    models = [small_resnet().eval(), small_resnet().eval()]
+    generator = torch.Generator().manual_seed(3)
+    for model in models:
+        for controller in model.decoupling.controllers.values():
+            with torch.no_grad():
+                controller.fc2.bias.copy_(torch.randn(controller.fc2.bias.shape, generator=generator))
+    images = batch(4)[0]
+
+    def paths_of(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            model(images)
+        return model.decoupling.path()
+
+    expected = [paths_of(model) for model in models]
+    # Each thread runs both models in turn, so that each model also runs in both threads at a time.
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(paths_of, models * 20))
+    assert not torch.equal(*expected)
+    assert all(torch.equal(path, expected[i % 2]) for i, path in enumerate(found))
+
+
 def test_channels_last_keeps_layout_and_values() -> None:
     model = small_resnet().eval()
     x = batch()[0]
@@ -151,6 +213,21 @@ def test_a_compiled_training_step_equals_the_eager_one(backend: str) -> None:
     expected = gradients(plain)
     for name, gradient in gradients(other).items():
         assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.slow
+def test_a_training_step_compiled_to_machine_code_equals_the_eager_one() -> None:
+    plain, other = small_resnet().train(), small_resnet().train()
+    for model in (plain, other):
+        model.decoupling.hard = True  # the compiler draws its noise from another generator
+    losses = [step(plain, DecouplingLoss(plain), *batch())]
+    losses.append(step(torch.compile(other), DecouplingLoss(other), *batch()))
+    assert torch.allclose(*losses, rtol=1e-4)
+    expected = gradients(plain)
+    found = gradients(other)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-2, atol=1e-5), name
 
 
 def test_an_eager_forward_after_a_compiled_one_is_the_last_forward() -> None:
@@ -231,3 +308,28 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.allclose(two[name], value, rtol=1e-4, atol=1e-6), name
+
+
+def _train_sharded(rank: int, world_size: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
+    plain = small_resnet().train()
+    sharded = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (world_size,)))
+    x, y = batch(8)  # the same images in every process, so that the mean of their gradients is one process's
+    losses = []
+    for model in (plain, sharded):
+        model.decoupling.hard = True
+        losses.append(step(model, DecouplingLoss(model, mutual_information=0.03, kl=0.01, sparsity=1e-3), x, y))
+    assert torch.allclose(*losses)
+    expected = gradients(plain)
+    for name, parameter in sharded.named_parameters():
+        if name in expected:
+            assert isinstance(parameter.grad, DTensor), name
+            assert torch.allclose(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6), name
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_a_fully_sharded_model_takes_the_same_step(tmp_path: Path, n_processes: int) -> None:
+    torch.multiprocessing.spawn(_train_sharded, (n_processes, str(tmp_path)), nprocs=n_processes)

@@ -215,6 +215,8 @@ OPERATORS = {
     "upsample": lambda x, y: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
     "concatenate": lambda x, y: torch.cat([x, y], 1),
     "stack and sum": lambda x, y: torch.stack([x, y]).sum(0),
+    "concatenate by another name": lambda x, y: torch.concat([x, torch.hstack([y, x])], 1),
+    "swap axes": lambda x, y: x.swapaxes(1, 2).mT.moveaxis(1, -1).swapdims(1, 2).fliplr().mT.transpose(1, 2),
     "flip channels": lambda x, y: x.flip(1),
     "roll channels": lambda x, y: x.roll(1, 1),
     "split and swap": lambda x, y: torch.cat(x.split([1, 3], 1)[::-1], 1),
@@ -356,3 +358,27 @@ def test_wrap_looks_at_the_constants_it_predicts(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(aten, "averages_padding", lambda node: False)  # the mean is another one at the border
     with pytest.raises(PlanError, match="closed gates leave features where none were expected, at the input of pooled"):
         TOYS["NormOfGated"].wrapped()
+
+
+class Attention(nn.Module):
+    """Convolves nothing itself, but projects with the weight of a layer that is never called, as some attentions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.projection.weight, self.projection.bias)
+
+
+def test_the_channels_of_what_a_module_multiplies_itself_are_last() -> None:
+    layers = [nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 12, 3, 3), nn.Flatten(2), Transposed(), Attention(), nn.Flatten()]
+    model = decouplify.wrap(nn.Sequential(*layers, nn.Linear(12, 2)), SIZE)  # four positions, twelve channels
+    (reader,) = (r for r in model.decoupling.costs.readers if r.name == "4")
+    assert (reader.axis, reader.receives) == (-1, True)
+    assert reader.exists == tuple(frozenset({i}) for i in range(12))
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import decouplify
+from decouplify import selfcheck
 from decouplify.decoupling import Decoupling, decoupling_of
 from decouplify.errors import PlanError
 from decouplify.losses import DecouplingLoss
@@ -299,6 +300,23 @@ def test_two_threads_on_one_model_do_not_mix_their_gates() -> None:
         handle.remove()
     for i in range(2):
         assert all(torch.equal(a, b) for a, b in zip(found[i], expected[i], strict=True))
+
+
+@pytest.mark.parametrize(("same_sites", "side"), [(True, 64), (False, 128)])
+def test_expensive_networks_are_verified_on_small_images(
+    monkeypatch: pytest.MonkeyPatch, same_sites: bool, side: int
+) -> None:
+    class OneMoreWhenLarge(TOYS["Plain"].build):
+        def body(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) if same_sites or x.shape[-1] > 32 else x)
+
+    monkeypatch.setattr(selfcheck, "AFFORDABLE_MACS", 1.0)
+    model, shapes = OneMoreWhenLarge(), set()
+    handle = model.register_forward_pre_hook(lambda module, args: shapes.add(tuple(args[0].shape)))
+    decouplify.wrap(model, (3, 128, 96))
+    handle.remove()
+    assert {shape for shape in shapes if shape[0] == 2} == {(2, 3, side, min(side, 96))}
+    assert model.decoupling.plan.input_size == (3, 128, 96)
 
 
 # Contexts -------------------------------------------------------------------------------------------------------------

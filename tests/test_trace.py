@@ -253,6 +253,16 @@ def test_a_model_with_several_inputs_is_told_what_to_do() -> None:
         trace(TwoInputs(), SIZE)
 
 
+def test_values_are_read_from_parts_of_features_too() -> None:
+    class CountsAHalf(Classifier):
+        def body(self, x: Tensor) -> Tensor:
+            first, second = x.chunk(2, 1)
+            return x[:, :, : 4 + len(torch.where(first > second)[0]) % 2]
+
+    with pytest.raises(TraceError, match=r"reads values of the features \(where\).* such as model\.backbone"):
+        trace(CountsAHalf(4), SIZE)
+
+
 def test_a_model_that_returns_no_tensor_is_refused() -> None:
     class Text(Classifier):
         def forward(self, x: Tensor) -> Any:

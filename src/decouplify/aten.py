@@ -38,8 +38,10 @@ __all__ = [
     "argument",
     "averages_padding",
     "conv_arguments",
+    "depends_on_values",
     "has_fixed_statistics",
     "is_global_pool",
+    "is_padded_view_of",
     "is_random",
     "is_spatial_zero_pad",
     "is_transposed",
@@ -125,20 +127,28 @@ SPATIAL = frozenset(
 #: Operators that only move elements; run on a tensor of labels they tell where each element went.
 MOVES = frozenset(
     {
+        "_unsafe_view",
         "cat",
         "channel_shuffle",
         "chunk",
+        "concat",
+        "concatenate",
         "expand",
         "expand_as",
         "flatten",
         "flip",
+        "fliplr",
+        "hstack",
         "index_select",
+        "mT",
+        "moveaxis",
         "movedim",
         "narrow",
         "native_channel_shuffle",
         "permute",
         "pixel_shuffle",
         "pixel_unshuffle",
+        "ravel",
         "repeat",
         "repeat_interleave",
         "reshape",
@@ -150,6 +160,8 @@ MOVES = frozenset(
         "split_with_sizes",
         "squeeze",
         "stack",
+        "swapaxes",
+        "swapdims",
         "tensor_split",
         "transpose",
         "unbind",
@@ -159,7 +171,6 @@ MOVES = frozenset(
         "unsqueeze",
         "view",
         "view_as",
-        "_unsafe_view",
     }
 )
 
@@ -167,7 +178,8 @@ ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 #: Reductions of which the result is zero where everything reduced is zero.
 REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 
-#: Reading values back to Python; a graph recorded from one image would not hold for the next.
+#: Reading values back to Python, or making as many elements as there are such values; a graph recorded from one image
+#: would not hold for the next.
 READS_VALUES = frozenset(
     {
         "_local_scalar_dense",
@@ -177,6 +189,7 @@ READS_VALUES = frozenset(
         "is_nonzero",
         "item",
         "masked_select",
+        "nms",  # of torchvision, for detection
         "nonzero",
         "unique_dim",
     }
@@ -281,6 +294,15 @@ def is_unpadded(node: Node) -> bool:
     return not any(padding)
 
 
+def is_padded_view_of(data: object, x: Node) -> bool:
+    """Whether ``data`` is ``x``, perhaps zero-padded by the convolving module itself (TensorFlow's SAME)."""
+    while isinstance(data, Node) and data is not x:
+        if name_of(data) not in IDENTITIES | PADS:
+            return False
+        data = data.args[0]
+    return data is x
+
+
 def is_spatial_zero_pad(node: Node) -> bool:
     """Whether a padding node adds zeros around (N, C, H, W) maps and nothing along their channels."""
     if argument(node, "mode", "constant") != "constant" or (argument(node, "value", 0) or 0) != 0:
@@ -309,6 +331,13 @@ def is_global_pool(node: Node) -> bool:
 def is_transposed(node: Node) -> bool:
     """Whether a convolution node is a transposed one."""
     return "transpose" in name_of(node) or bool(argument(node, "transposed", False))
+
+
+def depends_on_values(target: Any) -> bool:
+    """Whether an operator tells Python about the values of its inputs, if only by the size of its result."""
+    name = target._schema.name.split("::")[1]
+    only_condition = name == "where" and len(target._schema.arguments) == 1
+    return name in READS_VALUES or only_condition or torch.Tag.dynamic_output_shape in target.tags
 
 
 def is_random(target: Any) -> bool:

@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from decouplify import aten
 from decouplify.flow import Flow, GateSet, gate_columns
+from decouplify.modes import uncollected
 from decouplify.plan import Plan
 from decouplify.sites import Matching, n_macs
 from decouplify.trace import Trace
@@ -34,6 +35,8 @@ class Reader:
     Attributes:
         node: Name of the node in the recorded graph.
         name: Name of the module.
+        receives: Whether the module receives what it reads as its first argument, and may be asked for it.
+        axis: Channel axis of what is read, 1 or -1.
         n_positions: Multiply-accumulates per pair of one filter and one input channel.
         n_inputs: Input channels.
         n_outputs: Filters.
@@ -46,6 +49,8 @@ class Reader:
 
     node: str
     name: str
+    receives: bool
+    axis: int
     n_positions: int
     n_inputs: int
     n_outputs: int
@@ -104,6 +109,8 @@ def _reader(trace: Trace, flow: Flow, node: Node, gate: str | None) -> Reader:
     return Reader(
         node=node.name,
         name=trace.owner_of(node),
+        receives=_receives(trace, node),
+        axis=axis,
         n_positions=n_positions,
         n_inputs=n_inputs,
         n_outputs=int(shape[0]),
@@ -112,6 +119,13 @@ def _reader(trace: Trace, flow: Flow, node: Node, gate: str | None) -> Reader:
         constant=tuple(constants),
         gate=gate,
     )
+
+
+def _receives(trace: Trace, node: Node) -> bool:
+    """Whether the innermost module is called once, with what the node reads as its first argument."""
+    call = trace.call_of(node)
+    x = call.inputs[0] if call.inputs else None
+    return x is not None and trace.n_calls[call.name] == 1 and aten.is_padded_view_of(node.args[0], x)
 
 
 def channels_exist(gates: Tensor, columns: Tensor) -> Tensor:
@@ -177,8 +191,9 @@ class CostModel:
     @classmethod
     def of(cls, trace: Trace, matching: Matching) -> CostModel:
         """The cost model of a recorded run."""
-        flow = Flow(trace, matching)
-        return cls(matching.plan, find_readers(trace, matching, flow), gate_columns(matching))
+        with uncollected():
+            flow = Flow(trace, matching)
+            return cls(matching.plan, find_readers(trace, matching, flow), gate_columns(matching))
 
     def executed(self, gates: Tensor) -> Tensor:
         """Multiply-accumulates per image, controllers included.

@@ -264,7 +264,7 @@ class Decoupling(nn.Module):
         z = forward.gates[name].to(y.dtype)
         if end.before_relu and self.training:
             z = _never_quite_zero(z)
-        gated = y * (z[:, :, None, None] if end.axis == 1 else z[:, None, None, :])
+        gated = _laid_out_as(y, y * (z[:, :, None, None] if end.axis == 1 else z[:, None, None, :]))
         if self._observer is not None:
             self._observer(name, end, gated)
         return gated
@@ -274,6 +274,18 @@ class Decoupling(nn.Module):
         """Mean magnitude per channel: the paper's average pool where features are >= 0, defined elsewhere."""
         magnitude = y if end.non_negative else y.abs()
         return magnitude.mean(dim=(2, 3) if end.axis == 1 else (1, 2), dtype=torch.float32)
+
+
+def _laid_out_as(y: Tensor, gated: Tensor) -> Tensor:
+    """The gated value with the strides of the value itself.
+
+    A product keeps the memory layout, but where dimensions have size one several descriptions fit one layout. Later
+    operators choose their arithmetic by the description, and would round otherwise than without a gate.
+    """
+    strides = list(zip(y.shape, y.stride(), gated.stride(), strict=True))
+    if all(a == b for _, a, b in strides) or any(n != 1 and a != b for n, a, b in strides):
+        return gated
+    return gated.as_strided(y.shape, y.stride())
 
 
 def _never_quite_zero(z: Tensor) -> Tensor:

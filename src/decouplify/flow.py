@@ -12,8 +12,7 @@ What the constants are is not asked here, since training changes them: equal con
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ _ZERO, _DENSE = 0, 1
 _MOST_ELEMENTS = 1 << 14
 
 
-@dataclass(frozen=True)
-class _Known:
+class _Known(NamedTuple):
     """What a label stands for: the value ``value`` once all of ``gates`` are closed. Value 0 is zero."""
 
     gates: GateSet
@@ -179,7 +177,9 @@ class Flow:
         rule = self._rules.get(aten.name_of(node))
         labels = self.dense() if rule is None else rule(self, node)
         end = self._ends.get(node)
-        return labels if end is None else self.product(node, end, labels) if isinstance(labels, Tensor) else end
+        if end is None:
+            return labels
+        return end if bool((labels == _DENSE).all()) else self.product(node, end, labels)
 
     def _gate_labels(self, matching: Matching) -> dict[Node, Tensor]:
         columns = gate_columns(matching)

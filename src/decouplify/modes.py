@@ -1,13 +1,14 @@
-"""Eval mode for a while."""
+"""Eval mode for a while, and no garbage collection for a while."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["eval_mode"]
+__all__ = ["eval_mode", "uncollected"]
 
 
 @contextmanager
@@ -21,3 +22,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         # Not by train(), which would set all submodules alike: users freeze some of them.
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for reference cycles for the duration.
+
+    Recording a network makes a million small objects that all stay alive, and each search looks at all of them.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -73,7 +73,7 @@ def _why_no_hook(trace: Trace, conv: Node, convs: list[Node]) -> str | None:
     if sum(trace.owner_of(other) == owner for other in convs) > 1:
         return "its module runs several convolutions itself"
     x = trace.call_of(conv).inputs[0] if trace.call_of(conv).inputs else None
-    if x is None or not _is_padded_view_of(conv.args[0], x):
+    if x is None or not aten.is_padded_view_of(conv.args[0], x):
         return "its module does not receive the convolved map as its first argument"
     if aten.value_of(conv).shape[0] != aten.value_of(trace.image).shape[0]:
         return "its batch is not the images (windows or frames are folded into it)"
@@ -100,12 +100,3 @@ def _ancestors(node: Node) -> Iterator[Node]:
         fresh = [n for n in current.all_input_nodes if n not in seen]
         seen.update(fresh)
         stack.extend(fresh)
-
-
-def _is_padded_view_of(data: object, x: Node) -> bool:
-    """Whether ``data`` is ``x``, perhaps zero-padded by the convolving module itself (TensorFlow's SAME)."""
-    while isinstance(data, Node) and data is not x:
-        if aten.name_of(data) not in aten.IDENTITIES | aten.PADS:
-            return False
-        data = data.args[0]
-    return data is x

@@ -14,16 +14,32 @@ from decouplify.errors import PlanError
 from decouplify.modes import eval_mode
 from decouplify.plan import Plan
 
-__all__ = ["check_known_channels", "check_same_outputs", "outputs", "random_images"]
+__all__ = ["affordable_size", "check_known_channels", "check_same_outputs", "outputs", "random_images"]
 
 
-def random_images(model: nn.Module, plan: Plan) -> Tensor | None:
-    """Two images for verification; None if the model has no values to compute with."""
+#: Multiply-accumulates per image that verification may cost before it tries a smaller image.
+AFFORDABLE_MACS = 8e9
+
+
+def affordable_size(plan: Plan) -> tuple[int, ...]:
+    """The plan's image size, or a smaller one of the same shape on which verification takes seconds.
+
+    Sides stay multiples of 32, and at least 64, so that the last of five halvings leaves more than one position.
+    """
+    channels, height, width = plan.input_size
+    shrink = (AFFORDABLE_MACS / max(plan.n_macs, 1)) ** 0.5
+    if shrink >= 1:
+        return plan.input_size
+    return (channels, *(min(side, max(64, 32 * int(shrink * side / 32))) for side in (height, width)))
+
+
+def random_images(model: nn.Module, size: tuple[int, ...]) -> Tensor | None:
+    """Two images (C, H, W) for verification; None if the model has no values to compute with."""
     sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if sample.device.type == "meta":
         return None
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, *plan.input_size, generator=generator).to(sample)
+    return torch.randn(2, *size, generator=generator).to(sample)
 
 
 def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -53,10 +69,8 @@ def check_known_channels(model: nn.Module, decoupling: Decoupling, images: Tenso
     gates = {g.name: (torch.rand(g.n_filters, generator=generator) < 0.5).to(images) for g in plan.gates}
     path = torch.cat([gates[g.name] for g in plan.gates])
     wrong: list[str] = []
-    zeros = [(r, _ZeroCheck(r.name, channels, wrong)) for r, channels in _expected(decoupling, path, "exists")]
-    constants = [
-        (r, _ConstantCheck(r.name, channels, wrong)) for r, channels in _expected(decoupling, path, "constant")
-    ]
+    zeros = [(r, _ZeroCheck(r, channels, wrong)) for r, channels in _expected(decoupling, path, "exists")]
+    constants = [(r, _ConstantCheck(r, channels, wrong)) for r, channels in _expected(decoupling, path, "constant")]
     if constants:
         _run(model, decoupling, {name: torch.zeros_like(z) for name, z in gates.items()}, images, constants)
     _run(model, decoupling, gates, images, [*zeros, *constants])
@@ -85,28 +99,26 @@ def _run(
 
 
 def _expected(decoupling: Decoupling, path: Tensor, what: str) -> Iterator[tuple[Reader, Tensor]]:
-    """Readers that are modules, with the indices of the channels that a path makes zero or constant."""
-    names = [reader.name for reader in decoupling.costs.readers]
+    """Readers that can be asked, with the indices of the channels that a path makes zero or constant."""
     is_open = path.tolist()
     for reader in decoupling.costs.readers:
         sets = getattr(reader, what)
         known = [c for c, s in enumerate(sets) if s is not None and not any(is_open[i] for i in s)]
-        if known and reader.name and names.count(reader.name) == 1:
+        if known and reader.receives:
             yield reader, torch.tensor(known, device=path.device)
 
 
 class _ZeroCheck:
-    def __init__(self, name: str, channels: Tensor, wrong: list[str]) -> None:
-        self.name, self.channels, self.wrong = name, channels, wrong
+    def __init__(self, reader: Reader, channels: Tensor, wrong: list[str]) -> None:
+        self.reader, self.channels, self.wrong = reader, channels, wrong
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(args[0], Tensor) and self.features(module, args[0]).ne(0).any():
-            self.wrong.append(self.name)
+        if self.features(args[0]).ne(0).any():
+            self.wrong.append(self.reader.name)
 
-    def features(self, module: nn.Module, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         """The channels in question, shape (positions, channels)."""
-        axis = -1 if isinstance(module, nn.Linear) else 1
-        return x.index_select(axis, self.channels).movedim(axis, -1).flatten(0, -2)
+        return x.index_select(self.reader.axis, self.channels).movedim(self.reader.axis, -1).flatten(0, -2)
 
 
 class _ConstantCheck(_ZeroCheck):
@@ -115,8 +127,8 @@ class _ConstantCheck(_ZeroCheck):
     expected: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        found = self.features(module, args[0])
+        found = self.features(args[0])
         self.expected = found[:1].clone() if self.expected is None else self.expected
         tolerance = 100 * torch.finfo(found.dtype).eps * float(self.expected.abs().max())
         if not float((found - self.expected).abs().max()) <= tolerance:
-            self.wrong.append(self.name)
+            self.wrong.append(self.reader.name)

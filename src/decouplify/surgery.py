@@ -16,7 +16,13 @@ from decouplify.costs import CostModel
 from decouplify.decoupling import Decoupling
 from decouplify.errors import PlanError, TraceError
 from decouplify.plan import End, Options, Plan
-from decouplify.selfcheck import check_known_channels, check_same_outputs, outputs, random_images
+from decouplify.selfcheck import (
+    affordable_size,
+    check_known_channels,
+    check_same_outputs,
+    outputs,
+    random_images,
+)
 from decouplify.sites import Matching, match
 from decouplify.trace import Trace, default_input_size, trace
 
@@ -94,8 +100,9 @@ def wrap(
             model outputs. A model that outputs no (N, classes) tensor gets no heads unless this is given.
         frozen_ok: Accept a model of which no parameter is trained; then only its gates will learn.
         verify: Run the model on random images: with gates open the output must be the same bits, and with random gates
-            every channel predicted to be zero must be zero, or the constant that was predicted. Not possible on the
-            meta device.
+            every channel predicted to be zero must be zero, or the constant that was predicted. Networks of many
+            multiply-accumulates run on smaller images, if they then have the same sites. Not possible on the meta
+            device.
 
     Raises:
         TraceError: If the model does not run on images of this size.
@@ -107,7 +114,7 @@ def wrap(
     recorded, matching = record_and_match(model, input_size, options)
     _check_not_empty(matching.plan)
     costs = CostModel.of(recorded, matching)
-    images = random_images(model, matching.plan) if verify else None
+    images = random_images(model, _verification_size(model, matching.plan)) if verify else None
     before = outputs(model, images) if images is not None else None
     decoupling = Decoupling(matching.plan, costs, n_classes if n_classes is not None else matching.plan.n_classes)
     try:
@@ -166,6 +173,19 @@ def record_and_match(model: nn.Module, input_size: tuple[int, ...] | None, optio
         hint = "; its linear layers on (N, H, W, C) maps can be gated with linear_as_conv=True" if linears else ""
         raise PlanError(f"{type(model).__name__} runs no convolution, so there is nothing to gate{hint}")
     return recorded, matching
+
+
+def _verification_size(model: nn.Module, plan: Plan) -> tuple[int, ...]:
+    """A small image size on which the model has the same sites, else the plan's."""
+    size = affordable_size(plan)
+    if size == plan.input_size:
+        return size
+    try:
+        small = record_and_match(model, size, plan.options)[1].plan
+    except ValueError:
+        return plan.input_size
+    same = [(s.name, s.gate, s.end) for s in small.sites] == [(s.name, s.gate, s.end) for s in plan.sites]
+    return size if same else plan.input_size
 
 
 def _options(

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from decouplify import aten
 from decouplify.errors import TraceError
+from decouplify.modes import uncollected
 
 __all__ = ["ModuleCall", "Trace", "copy_sharing_tensors", "default_input_size", "trace"]
 
@@ -100,7 +101,7 @@ def trace(model: nn.Module, input_size: tuple[int, ...]) -> Trace:
         TraceError: If the model does not run on this size, or its control flow depends on values of the features.
     """
     try:
-        with _quiet_fake_tensors():
+        with _quiet_fake_tensors(), uncollected():
             return _record(model, input_size, fake=True)
     except Exception as fake_error:  # anything a forward may raise; the real run below tells apart whose fault it is
         try:
@@ -231,7 +232,7 @@ class _Recorder(TorchDispatchMode):
             if declared.alias_info is not None and declared.alias_info.is_write and isinstance(arg, Tensor):
                 self._bind(arg, node)
         if any(n in self._from_image for n in node.all_input_nodes):
-            self._from_image.add(node)
+            self._from_image.update((node, *node.users))  # its users so far are the items of a list
         return result
 
     def _check_read(self, func: Any, node_arguments: Any) -> None:
@@ -241,11 +242,12 @@ class _Recorder(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         reads = [n for n in pytree.tree_leaves(node_arguments) if isinstance(n, Node) and n in self._from_image]
         by_mask = name == "index" and any(aten.value_of(n).dtype == torch.bool for n in reads)
-        if reads and (name in aten.READS_VALUES or by_mask):
+        if reads and (by_mask or aten.depends_on_values(func)):
             module = self._running[-1][0] if self._running else ""
             raise TraceError(
                 f"module '{module}' reads values of the features ({name}), so what it does differs from image to image "
-                "and one recorded run does not describe it. Wrap a part of the model that has no such control flow."
+                "and one recorded run does not describe it. Wrap a part of the model that has no such control flow, "
+                "such as model.backbone."
             )
 
     def _bind(self, value: Any, node: Node) -> None:
