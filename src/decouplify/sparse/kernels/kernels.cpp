@@ -2,6 +2,7 @@
 #include "direct.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "packed.h"
 #include "window.h"
 #include "winograd.h"
 
@@ -15,6 +16,7 @@ static void convolve(const Convolution& conv, const ConvolutionCall& call, Scrat
   switch (conv.algorithm) {
     case Algorithm::kWinograd2: return convolve_winograd<2>(conv, call, scratch);
     case Algorithm::kWinograd4: return convolve_winograd<4>(conv, call, scratch);
+    case Algorithm::kPacked: return convolve_packed(conv, call, scratch);
     case Algorithm::kDirect: return convolve_direct(conv, call, scratch);
   }
 }
