@@ -126,7 +126,11 @@ def test_gates_of_the_wrong_size_are_refused_before_the_engine_sees_them() -> No
 
 
 def test_weights_that_winograd_cannot_transform_are_refused() -> None:
-    for weight, tile in ((torch.ones(2, 2, 1, 1), 2), (torch.ones(2, 2, 3, 3).double(), 2), (torch.ones(2, 2, 3, 3), 1)):
+    for weight, tile in (
+        (torch.ones(2, 2, 1, 1), 2),
+        (torch.ones(2, 2, 3, 3).double(), 2),
+        (torch.ones(2, 2, 3, 3), 1),
+    ):
         with pytest.raises(ValueError, match=r"transform_weights: .* given; contiguous float32 weights"):
             native.transform_weights(weight, tile)
 

@@ -177,12 +177,14 @@ class Draft:
         gates: Filters of each gate, and the node that decides it.
         loads: For each slot that torch fills, the node whose value goes there.
         stores: For each slot that the engine fills, the node whose value comes from there, and its shape.
+        always_open: Controllers that need not run, because they open every filter whatever they see.
     """
 
     items: list[Item] = field(default_factory=list)
     gates: list[tuple[Node, int]] = field(default_factory=list)
     loads: dict[int, Node] = field(default_factory=dict)
     stores: dict[int, tuple[Node, tuple[int, ...]]] = field(default_factory=dict)
+    always_open: list[Node] = field(default_factory=list)
 
     @property
     def steps(self) -> list[Step]:

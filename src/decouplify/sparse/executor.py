@@ -112,6 +112,7 @@ class Program:
         return [
             f"engine: {len(self.steps)} steps in {sum(isinstance(s, _Stretch) for s in self._stretches)} calls",
             "convolutions: " + (", ".join(f"{n} {named[a]}" for a, n in algorithms.most_common()) or "none"),
+            f"controllers: {len(self.draft.gates)} run, {len(self.draft.always_open)} gates always open",
             "run by torch: " + (", ".join(f"{n} {name}" for name, n in in_torch.most_common()) or "nothing"),
         ]
 

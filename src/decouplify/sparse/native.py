@@ -245,8 +245,8 @@ def transform_weights(weight: Tensor, tile: int) -> Tensor:
     is_plain = weight.dtype == torch.float32 and weight.is_contiguous()
     if tile not in (2, 4) or not is_plain or weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(
-            f"transform_weights: {tuple(weight.shape)} {weight.dtype} weights and tile {tile} given; contiguous float32 "
-            "weights (filters, channels, 3, 3) and tile 2 or 4 wanted"
+            f"transform_weights: {tuple(weight.shape)} {weight.dtype} weights and tile {tile} given; contiguous "
+            "float32 weights (filters, channels, 3, 3) and tile 2 or 4 wanted"
         )
     filters, channels = weight.shape[:2]
     n_points = (tile + 2) ** 2
