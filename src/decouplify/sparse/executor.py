@@ -228,9 +228,10 @@ class _Run:
                 self.values[node] = self.values[node].contiguous()
                 addresses[step.slot] = self.values[node].data_ptr()
             elif step.kind is StepKind.STORE:
-                node, shape = self.draft.stores[step.slot]
-                self.values[node] = torch.empty(shape)
-                addresses[step.slot] = self.values[node].data_ptr()
+                node, stored = self.draft.stores[step.slot]
+                value = torch.empty((1, stored.channels, *stored.size) if stored.size else stored.shape)
+                addresses[step.slot] = value.data_ptr()
+                self.values[node] = value.permute(0, 2, 3, 1) if stored.channels_last else value
         return native.slots_of(addresses)
 
     def _call_torch(self, node: Node) -> None:
@@ -283,7 +284,7 @@ def _native_step(i: int, step: Step, placement: Placement, kept: dict[str, Tenso
         slot=step.slot, position=step.position, algorithm=native.Algorithm.DIRECT, window=step.window,
         groups=step.groups, activated=_activated(step), clears=step.clears, counts_padding=step.counts_padding,
         kernel=step.sliding.kernel, stride=step.sliding.stride, padding=step.sliding.padding,
-        dilation=step.sliding.dilation, activation=_native_act(step.act),
+        dilation=step.sliding.dilation, activation=_native_act(step.act), epsilon=step.epsilon,
     )  # fmt: skip
     for name, tensor in step.weights.items():
         kept[f"{name} {i}"] = tensor

@@ -37,7 +37,7 @@ __all__ = [
     "transform_weights",
 ]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 #: Set to "reference" to run without the compiled engine, for instance to compare the two.
 BACKEND_VARIABLE = "DECOUPLIFY_BACKEND"
 #: Another file to load instead of the installed one, for instance one built with sanitizers.
@@ -58,7 +58,8 @@ class StepKind(IntEnum):
     FLATTEN = 8
     LINEAR = 9
     CONTROL = 10
-    MASK = 11
+    NORM = 11
+    MASK = 12
 
 
 class WindowKind(IntEnum):
@@ -137,6 +138,7 @@ class Step(Structure):
         *((name, c_int32) for name in ("activated", "clears", "counts_padding")),
         *((name, _Pair) for name in ("kernel", "stride", "padding", "dilation")),
         ("activation", Activation),
+        ("epsilon", c_float),
         *((name, c_void_p) for name in ("weight", "bias", "weight2", "bias2", "transformed")),
     )
 

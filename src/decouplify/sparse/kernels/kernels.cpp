@@ -2,6 +2,7 @@
 #include "direct.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "norm.h"
 #include "packed.h"
 #include "window.h"
 #include "winograd.h"
@@ -36,7 +37,7 @@ static void transform(Algorithm algorithm, const float* weight, int n_filters, i
 
 const Kernels& kernels() {
   static constexpr Kernels table{DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve,  slide,  transform,
-                                 add_planes,                        scale_plane, sum_plane, linear};
+                                 add_planes,                        scale_plane, sum_plane, normalise, linear};
   return table;
 }
 
