@@ -1,9 +1,9 @@
 """Make a recorded network narrower: which channels belong together, and what is left when some of them go.
 
 A channel cannot leave a network alone. A sum ties channel c of one operand to channel c of the other, a depthwise
-convolution ties its input to its output, a concatenation passes channels on under new numbers. All channels tied to each
-other form a *class*; a class is removed as a whole, from every weight that writes or reads it. An operator that is not
-known here keeps the channels of its operands and of its result as they are.
+convolution ties its input to its output, a concatenation passes channels on under new numbers. All channels tied to
+each other form a *class*; a class is removed as a whole, from every weight that writes or reads it. An operator that is
+not known here keeps the channels of its operands and of its result as they are.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class ChannelClasses:
             self.slices.append(_Slice(tensor, dim, channels.ids))
 
 
-# Rules: the channels of a result, None to keep everything as it is ------------------------------------------------------
+# Rules: the channels of a result, None to keep everything as it is ----------------------------------------------------
 
 
 def _same(classes: ChannelClasses, node: Node) -> Channels | None:
@@ -282,7 +282,7 @@ _RULES: dict[str, _Rule] = {
 }
 
 
-# Removing ---------------------------------------------------------------------------------------------------------------
+# Removing -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -300,11 +300,11 @@ def narrow(classes: ChannelClasses, removed: Collection[int]) -> Trace:
         ValueError: If a layer would lose all of its filters, or a class must stay.
     """
     trace = classes.trace
+    if any(classes.is_fixed(channel) for channel in removed):
+        raise ValueError("narrow: channels are to be removed that must stay")
     for layer in classes.layers:
         if not classes.kept(layer.outputs, removed):
             raise ValueError(f"narrow: '{trace.owner_of(layer.node)}' would lose all of its filters")
-    if any(classes.is_fixed(channel) for channel in removed):
-        raise ValueError("narrow: channels are to be removed that must stay")
     for cut in classes.slices:
         positions = classes._positions(cut.ids, removed)
         tensor = trace.tensors[str(cut.tensor.target)]
@@ -354,4 +354,4 @@ def _values(trace: Trace, mode: FakeTensorMode, values: dict[Node, Any]) -> Iter
             yield node, mode.from_tensor(trace.tensors[str(node.target)])
         elif node.op == "call_function":
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            yield node, node.target(*args, **kwargs)  # type: ignore[operator]  # an operator
+            yield node, node.target(*args, **kwargs)

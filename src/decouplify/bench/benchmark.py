@@ -19,7 +19,7 @@ from decouplify.bench.result import DENSE_TOLERANCE, Machine, Result, Timing, Tw
 from decouplify.bench.runtimes import RUNTIMES, Contender, start
 from decouplify.bench.timing import Samples, Spread, interleave, pinned, ratios
 from decouplify.bench.twin import static_twin
-from decouplify.decoupling import Decoupling
+from decouplify.decoupling import Decoupling, decoupling_of
 from decouplify.macs import MacCount, count_macs
 from decouplify.modes import eval_mode
 from decouplify.selfcheck import outputs
@@ -32,6 +32,7 @@ __all__ = ["Gates", "Protocol", "benchmark"]
 
 OURS, OPEN, TWIN = "decouplify", "decouplify, gates open", "static twin"
 _N_PATHS = 8
+_LEAST_FOR_TWIN = 1.02  # below this MAC reduction the static twin is the network itself
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Protocol:
         rounds: Rounds, in each of which every contender runs once.
         seconds: Start no round after this time.
         runtimes: Which dense runtimes to start, of ``RUNTIMES``.
-        twin: Also time the static twin, in the fastest of these runtimes.
+        twin: Also time the static twin, in the fastest of these runtimes, if the gates save anything.
         gates_open: Also time the gated form with all gates open.
     """
 
@@ -169,29 +170,26 @@ class _Subject:
 
 def _subject(model: nn.Module, images: Tensor | None, input_size: tuple[int, ...] | None, gates: Gates) -> _Subject:
     wrapped = copy_sharing_tensors(model).eval()
-    if isinstance(getattr(wrapped, "decoupling", None), Decoupling):
-        size = wrapped.decoupling.plan.input_size
-        images = random_images(_N_PATHS, size) if images is None else images
+    if any(isinstance(module, Decoupling) for module in wrapped.modules()):
+        plan = decoupling_of(wrapped, "benchmark").plan
+        images = random_images(_N_PATHS, plan.input_size) if images is None else images
         plain = unwrap(copy_sharing_tensors(model)).eval()
         return _Subject(plain, wrapped, images, count_macs(wrapped, images), "of the model's own controllers")
     size = tuple(images.shape[1:]) if images is not None else input_size
-    # Verification would cost several runs; every output is compared below anyway.
-    wrap(wrapped, size, only=gates.only, linear_as_conv=gates.linear_as_conv, frozen_ok=True, verify=False)
-    wrapped.eval()
-    plan = wrapped.decoupling.plan
+    wrapped = _wrap(wrapped, size, gates.only, gates.linear_as_conv)
+    decoupling = decoupling_of(wrapped)
+    plan = decoupling.plan
     n_paths = min(_N_PATHS, max_paths(plan))
     images = random_images(n_paths, plan.input_size) if images is None else images[:n_paths]
     if not gates.are_open:
-        path = random_path(
-            plan,
-            wrapped.decoupling.costs,
-            len(images),
-            keep=gates.keep,
-            mac_reduction=gates.mac_reduction,
-            seed=gates.seed,
-        )
-        steer(wrapped, images, path)
+        cost = {"keep": gates.keep, "mac_reduction": gates.mac_reduction}
+        steer(wrapped, images, random_path(plan, decoupling.costs, len(images), **cost, seed=gates.seed))
     return _Subject(copy_sharing_tensors(model).eval(), wrapped, images, count_macs(wrapped, images), str(gates))
+
+
+def _wrap(model: nn.Module, size: tuple[int, ...] | None, only: tuple[str, ...], linear_as_conv: bool) -> nn.Module:
+    # Verification would cost several runs; every output is compared before anything is timed.
+    return wrap(model, size, only=only, linear_as_conv=linear_as_conv, frozen_ok=True, verify=False).eval()
 
 
 class _Measuring:
@@ -284,7 +282,10 @@ class _Measuring:
     def _check(self, contender: Contender, expected: Sequence[Sequence[Tensor]]) -> None:
         errors, same = [0.0], []
         for i, wanted in enumerate(expected):
+            before = self.inputs[i].clone()
             found = contender.outputs(i)
+            if not torch.equal(before, self.inputs[i]):
+                raise RuntimeError("it changes its images, so one round would not be like the next")
             if [t.shape for t in found] != [t.shape for t in wanted]:
                 raise RuntimeError(f"outputs of shape {[tuple(t.shape) for t in found]}: it does not take this batch")
             errors += [relative_error(a, b) for a, b in zip(found, wanted, strict=True)]
@@ -295,10 +296,9 @@ class _Measuring:
         """The sparse form, and the sparse form of the same network with gates that are all open."""
         subject, wanted = self.subject, [(OURS, self.subject.wrapped)]
         if self.protocol.gates_open and float(subject.macs.executed.min()) < subject.macs.dense:
-            plan = subject.wrapped.decoupling.plan  # type: ignore[union-attr]  # a Decoupling
-            options = {"only": plan.options.only, "linear_as_conv": plan.options.linear_as_conv}
-            opened = wrap(copy_sharing_tensors(subject.plain), plan.input_size, verify=False, frozen_ok=True, **options)
-            wanted.append((OPEN, opened.eval()))
+            plan = decoupling_of(subject.wrapped).plan
+            plain = copy_sharing_tensors(subject.plain)
+            wanted.append((OPEN, _wrap(plain, plan.input_size, plan.options.only, plan.options.linear_as_conv)))
         return [self._start_sparse(name, wrapped) for name, wrapped in wanted]
 
     def _start_sparse(self, name: str, wrapped: nn.Module) -> Contender:
@@ -316,10 +316,10 @@ class _Measuring:
         return min(dense, key=lambda c: Spread.of(samples[c.name].wall_ms).median)
 
     def _start_twin(self, fastest: Contender | None) -> tuple[int, float, list[Contender]]:
-        if fastest is None or not self.protocol.twin:
+        size, macs = tuple(self.subject.images.shape[1:]), self.subject.macs
+        if fastest is None or not self.protocol.twin or macs.reduction < _LEAST_FOR_TWIN:
             return 0, 1.0, []
-        size = tuple(self.subject.images.shape[1:])
-        twin = static_twin(trace(self.subject.plain, size), float(self.subject.macs.executed.double().mean()))
+        twin = static_twin(trace(self.subject.plain, size), float(macs.executed.double().mean()))
         with eval_mode(twin.module), torch.no_grad():
             expected = [outputs(twin.module, batch) for batch in self.inputs]
         started = self._start(TWIN, fastest.name, twin.module, expected)

@@ -56,10 +56,11 @@ class _Rebuilding:
 
     def _fold(self, conv: Node, norm: Node) -> Node:
         weight, bias = (self._tensor_of(conv, name) for name in ("weight", "bias"))
-        statistics = (self._tensor_of(norm, name) for name in ("running_mean", "running_var"))
-        scale_and_shift = (self._tensor_of(norm, name) for name in ("weight", "bias"))
+        mean, var, gamma, beta = (
+            self._tensor_of(norm, name) for name in ("running_mean", "running_var", "weight", "bias")
+        )
         eps = float(aten.argument(norm, "eps"))
-        folded = fuse_conv_bn_weights(weight, bias, *statistics, eps, *scale_and_shift)  # type: ignore[arg-type]  # None
+        folded = fuse_conv_bn_weights(weight, bias, mean, var, eps, gamma, beta)  # type: ignore[arg-type]  # takes None
         data = self._lookup(conv.args[0])  # type: ignore[arg-type]  # a node
         tensors = [self._tensor(t) for t in folded]
         return self.graph.call_function(conv.target, (data, *tensors, *conv.args[3:]), conv.kwargs)  # type: ignore[arg-type]  # an operator

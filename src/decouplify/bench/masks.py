@@ -111,8 +111,8 @@ def steer(model: nn.Module, images: Tensor, path: Tensor) -> None:
     """Replace the weights of all controllers so that each image gets the given path.
 
     A controller sees N images as N points in the space of its pooled channels. Its first layer is set to the principal
-    directions of these points, which turns them into orthonormal scores, and its second to the combination of scores that
-    is +1 for open and -1 for closed. All logits then lie as far from the threshold as they can.
+    directions of these points, which turns them into orthonormal scores, and its second to the combination of scores
+    that is +1 for open and -1 for closed. All logits then lie as far from the threshold as they can.
 
     Args:
         model: A wrapped model without ``input_norm``.

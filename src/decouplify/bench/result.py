@@ -78,7 +78,7 @@ class TwinTiming:
     """The static twin.
 
     Attributes:
-        width: Share of the channels in every layer.
+        width: Share of the filters it has.
         n_macs: Its multiply-accumulates.
         runtime: Which runtime ran it.
         speedup: Time of the fastest dense runtime on the full network / time of the twin.
@@ -196,7 +196,7 @@ class Result:
             lines.append(f"{_times(self.speedup_own)} the speed of the same form with all gates open")
         if self.twin is not None:
             lines.append(
-                f"static twin ({100 * self.twin.width:.0f} % of the channels, same MACs) in {self.twin.runtime}: "
+                f"static twin ({100 * self.twin.width:.0f} % of the filters, same MACs) in {self.twin.runtime}: "
                 f"{_times(self.twin.speedup)}"
             )
         return lines

@@ -25,7 +25,7 @@ class Twin:
 
     Attributes:
         module: The network, without gates.
-        width: Share of the channels that every layer has kept where it could.
+        width: Share of all filters that are left.
         n_macs: Its multiply-accumulates for one image.
     """
 
@@ -46,8 +46,9 @@ def static_twin(trace: Trace, n_macs: float) -> Twin:
     for _ in range(_N_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if classes.n_macs(_beyond(classes, middle)) < n_macs else (low, middle)
-    width = min((low, high), key=lambda w: abs(classes.n_macs(_beyond(classes, w)) - n_macs))
-    removed = _beyond(classes, width)
+    removed = min((_beyond(classes, w) for w in (low, high)), key=lambda r: abs(classes.n_macs(r) - n_macs))
+    filters = [channel for layer in classes.layers for channel in layer.outputs.ids]
+    width = sum(classes.find(channel) not in removed for channel in filters) / max(len(filters), 1)
     found = classes.n_macs(removed)
     return Twin(dense_module(narrow(classes, removed)), width, found)
 
