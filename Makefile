@@ -10,7 +10,7 @@ DEMO_READY := $(VENV)/.installed-demo
 DEV_READY  := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format types docs check clean
+.PHONY: help native demo test test-slow lint format types docs check clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -28,13 +28,18 @@ $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(DEMO_READY)  # dev contains all that the demo needs
 
+native:  ## Build the CPU engine beside its sources; without a compiler everything runs through the torch reference
+	@if command -v cmake >/dev/null && cmake -S . -B build/native >/dev/null && cmake --build build/native --parallel 2; \
+	then cmake --install build/native --prefix src; \
+	else echo 'The CPU engine was not built: cmake or a C++ compiler is missing'; fi
+
 demo: $(DEMO_READY)  ## Train, record and explain a small network; writes demo/index.html
 	$(BIN)/python examples/demo.py --out demo
 
-test: $(DEV_READY)  ## The fast suite: everything not marked slow or zoo
+test: $(DEV_READY) native  ## The fast suite: everything not marked slow or zoo
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not zoo'
 
-test-slow: $(DEV_READY)  ## The rest: long runs, and every network of the registries
+test-slow: $(DEV_READY) native  ## The rest: long runs, and every network of the registries
 	$(BIN)/python -m pytest -n 2 -m 'slow or zoo'
 
 lint: $(DEV_READY)  ## Style, without changing a file

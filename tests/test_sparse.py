@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import decouplify
 from decouplify.errors import NonFiniteError, VerificationError
 from decouplify.losses import DecouplingLoss
-from decouplify.sparse import SparseModel, backend, count_executed_macs
+from decouplify.sparse import SparseModel, backend, count_executed_macs, native
 from decouplify.sparse.ops import Exists, SparseConv2d, SparseLinear
 from decouplify.sparse.verification import relative_error
 from toynets import N_CLASSES, SIZE, TOYS, leaves, random_gates, random_images, randomise_gates, run
@@ -199,13 +199,17 @@ def test_the_images_stay_as_they_are() -> None:
 
 
 def test_printing_names_backend_gates_and_operators() -> None:
-    _, fast = masked_and_sparse("SharedRelu")
+    model, _ = masked_and_sparse("SharedRelu")
+    fast = decouplify.sparsify(model, mode="exact")
     assert repr(fast) == (
-        "SparseModel of SharedRelu for (3, 16, 16) images\n"
+        "SparseModel of SharedRelu for (3, 16, 16) images, mode 'exact'\n"
         f"  backend: {backend()}\n"
         "  gates: 2, filters: 16\n"
         "  sparse operators: 3 SparseConv2d, 1 SparseLinear\n"
-        "  as recorded: 1 add, 1 relu_, 1 mean"
+    ) + (
+        "  engine: 9 steps in 1 calls\n  convolutions: 3 direct\n  run by torch: nothing"
+        if native.engine()
+        else "  as recorded: 1 add, 1 relu_, 1 mean"
     )
 
 

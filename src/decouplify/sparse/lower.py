@@ -93,6 +93,7 @@ class _Lowering:
                 continue
             if node.op == "placeholder":
                 self.new[node] = self.graph.placeholder(node.name)
+                self.new[node].meta["val"] = node.meta["val"]
             elif node.op == "output":
                 self.graph.output(self._map(node.args[0]))
             else:
@@ -114,7 +115,10 @@ class _Lowering:
         last = node if fused is None else fused.last
         end = self.end_of.get(last)
         if end is not None and (fused is None or self._gate_of(fused) != self.gate_of_end[end]):
+            result.meta["val"] = last.meta["val"]
             result = self._call("mask", Mask(end.axis), result, self.gates[self.gate_of_end[end]])
+        # Translation to other executors needs shapes; the recorded values are fake tensors, which hold nothing else.
+        result.meta["val"] = last.meta["val"]
         for member in (node,) if fused is None else (fused.conv, fused.norm, fused.activation):
             if member is not None:
                 self.new[member] = result

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +13,31 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from decouplify.decoupling import Decoupling, decoupling_of
+from decouplify.sparse import native
+from decouplify.sparse.executor import Program, UndefinedGateError
 from decouplify.sparse.lower import Lowered, lower
 from decouplify.sparse.ops import SparseConv2d, SparseLinear, count
+from decouplify.sparse.translate import obstacle
+from decouplify.sparse.tuning import choose_algorithms
 from decouplify.surgery import record_and_match, unwrap
 from decouplify.trace import copy_sharing_tensors
 
-__all__ = ["SparseModel", "backend", "sparsify"]
+__all__ = ["Mode", "SparseModel", "backend", "sparsify"]
+
+#: How convolutions may be computed: "fast" allows Winograd, whose rounding differs (relative error up to 1e-5); "exact"
+#: sums products as they are (2e-6).
+Mode = Literal["fast", "exact"]
 
 
 def backend() -> str:
     """Which implementation runs the sparse operators, and why."""
-    return "reference: pure torch (index_select and dense convolutions); no native kernels are part of this version"
+    absence = native.reason_for_absence()
+    if absence:
+        return f"reference: pure torch (index_select and dense convolutions), because {absence}"
+    return f"native: compiled engine for {native.instruction_set()}"
 
 
-def sparsify(model: nn.Module) -> SparseModel:
+def sparsify(model: nn.Module, *, mode: Mode = "fast") -> SparseModel:
     """A copy of a wrapped model that computes, for each image, only open filters from existing channels.
 
     The copy is a snapshot on the CPU: norms are folded, later training of ``model`` does not reach it. Its output is
@@ -33,32 +45,55 @@ def sparsify(model: nn.Module) -> SparseModel:
 
     Args:
         model: A wrapped model; unchanged.
+        mode: "fast" chooses for every convolution the fastest way on this CPU, Winograd among them, after timing them
+            once; "exact" forbids Winograd.
 
     Raises:
-        ValueError: If the model is not wrapped.
+        ValueError: If the model is not wrapped, or the mode is unknown.
     """
+    if mode not in get_args(Mode):
+        raise ValueError(f"sparsify: mode={mode!r} given; one of {', '.join(map(repr, get_args(Mode)))} wanted")
     decoupling = decoupling_of(model, "sparsify")
     owner = next(m for m in model.modules() if getattr(m, "decoupling", None) is decoupling)
-    return SparseModel(owner)
+    return SparseModel(owner, mode)
 
 
 class SparseModel(nn.Module):
     """The sparse form of a wrapped model. Each image has its own path, so a batch runs image by image.
 
-    Image sizes other than the one the model was wrapped for are recorded when they first occur.
+    Image sizes other than the one the model was wrapped for are recorded when they first occur. Any number of threads
+    may call one object; each call uses ``torch.get_num_threads()`` threads.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, mode: Mode = "fast") -> None:
         super().__init__()
         snapshot = copy_sharing_tensors(model, _to_cpu)
         decoupling = snapshot.decoupling
         assert isinstance(decoupling, Decoupling)
-        self.plan = decoupling.plan
+        self.plan, self.mode = decoupling.plan, mode
         # In a list, because the snapshot is material for lowering and not a part of this module.
         self._source = [unwrap(snapshot).eval()]
         self._decoupling = [decoupling.eval()]
-        self._lowered: dict[tuple[int, ...], Lowered] = {}
         self.graphs = nn.ModuleList()
+        self._forget()
+        self.lowered_for(self.plan.input_size)
+
+    def _forget(self) -> None:
+        """Start without programs; they hold memory of the engine, which can be neither copied nor pickled."""
+        self._lowered: dict[tuple[int, ...], Lowered] = {}
+        self._programs: dict[tuple[tuple[int, ...], bool], Program | None] = {}
+        self._transformed: dict[Any, Tensor] = {}
+        self._lock = threading.RLock()
+        self.graphs = nn.ModuleList()
+
+    def __getstate__(self) -> dict[str, Any]:
+        forgotten = ("_lowered", "_programs", "_transformed", "_lock")
+        state = {name: value for name, value in self.__dict__.items() if name not in forgotten}
+        return {**state, "_modules": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
         self.lowered_for(self.plan.input_size)
 
     @torch.no_grad()
@@ -74,7 +109,16 @@ class SparseModel(nn.Module):
         self._check(images)
         lowered = self.lowered_for(tuple(images.shape[1:]))
         count(lowered.n_recorded_macs * len(images))
-        return _stack([lowered.module(image[None]) for image in images])
+        return _stack([self._run(lowered, image[None]) for image in images])
+
+    def _run(self, lowered: Lowered, image: Tensor) -> Any:
+        program = self.program_for(tuple(image.shape[1:])) if image.dtype == torch.float32 else None
+        if program is None:
+            return lowered.module(image)
+        try:
+            return program.run(image)
+        except UndefinedGateError:
+            return lowered.module(image)
 
     @torch.no_grad()
     def run_observed(
@@ -85,33 +129,72 @@ class SparseModel(nn.Module):
     ) -> Any:
         """Run one image, (1, C, H, W), calling ``observer(node name, value)``; ``forced`` replaces gates by name."""
         self._check(image)
-        lowered = self.lowered_for(tuple(image.shape[1:]))
+        size = tuple(image.shape[1:])
+        lowered = self.lowered_for(size)
         replaced = {lowered.gates[name]: value for name, value in (forced or {}).items()}
-        return _Observing(lowered.module, observer, replaced).run(image)
+        is_binary = all(bool(((z == 0) | (z == 1)).all()) for z in replaced.values())
+        program = self.program_for(size, fuse=False) if is_binary and image.dtype == torch.float32 else None
+        if program is None:
+            return _Observing(lowered.module, observer, replaced).run(image)
+        try:
+            return program.run_observed(image, observer, replaced)
+        except UndefinedGateError:
+            return _Observing(lowered.module, observer, replaced).run(image)
 
     def lowered_for(self, size: tuple[int, ...]) -> Lowered:
         """The sparse form for one image size (C, H, W)."""
-        if size not in self._lowered:
-            recorded, matching = record_and_match(self._source[0], size, self.plan.options)
-            _check_same_gates(self.plan, matching.plan, size)
-            self._lowered[size] = lower(recorded, matching, self._decoupling[0])
-            self.graphs.append(self._lowered[size].module)
-        return self._lowered[size]
+        with self._lock:
+            if size not in self._lowered:
+                recorded, matching = record_and_match(self._source[0], size, self.plan.options)
+                _check_same_gates(self.plan, matching.plan, size)
+                self._lowered[size] = lower(recorded, matching, self._decoupling[0])
+                self.graphs.append(self._lowered[size].module)
+            return self._lowered[size]
+
+    def program_for(self, size: tuple[int, ...], *, fuse: bool = True) -> Program | None:
+        """The engine's program for one image size, made when first asked for; None if the reference runs instead.
+
+        Args:
+            size: (C, H, W).
+            fuse: False for the program that shows every value (``run_observed``).
+        """
+        with self._lock:
+            key = (size, fuse)
+            if key not in self._programs:
+                module = self.lowered_for(size).module
+                possible = native.engine() is not None and not obstacle(module)
+                self._programs[key] = self._compile(module, fuse) if possible else None
+            return self._programs[key]
+
+    def _compile(self, module: Any, fuse: bool) -> Program:
+        program = Program(module, fuse, self._transformed)
+        if self.mode == "fast":
+            choose_algorithms(program)
+        return program
 
     def __repr__(self) -> str:
         lowered = self.lowered_for(self.plan.input_size)
+        program = self.program_for(self.plan.input_size)
         kinds = Counter(
             type(m).__name__ for m in lowered.module.modules() if isinstance(m, (SparseConv2d, SparseLinear))
         )
-        others = Counter(_operator_name(n) for n in lowered.module.graph.nodes if n.op == "call_function")
         lines = [
-            f"SparseModel of {self.plan.model} for {self.plan.input_size} images",
-            f"  backend: {backend()}",
+            f"SparseModel of {self.plan.model} for {self.plan.input_size} images, mode {self.mode!r}",
+            f"  backend: {self._backend(lowered)}",
             f"  gates: {len(lowered.gates)}, filters: {self.plan.n_filters}",
             "  sparse operators: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
-            "  as recorded: " + (", ".join(f"{n} {name}" for name, n in others.most_common()) or "nothing"),
         ]
+        if program is None:
+            others = Counter(_operator_name(n) for n in lowered.module.graph.nodes if n.op == "call_function")
+            listed = ", ".join(f"{n} {name}" for name, n in others.most_common())
+            lines.append(f"  as recorded: {listed or 'nothing'}")
+        else:
+            lines += [f"  {line}" for line in program.describe()]
         return "\n".join(lines)
+
+    def _backend(self, lowered: Lowered) -> str:
+        reason = obstacle(lowered.module)
+        return f"reference: pure torch, because {reason}" if reason and native.engine() is not None else backend()
 
     def _check(self, images: Tensor) -> None:
         if images.dim() != 4 or len(images) == 0:

@@ -199,6 +199,10 @@ class SparseConv2d(_Reader):
 class SparseLinear(_Reader):
     """A linear layer with fused activation: open outputs from existing features."""
 
+    def __init__(self, weight: Tensor, bias: Tensor, activation: Callable[[Tensor], Tensor] | None) -> None:
+        # Features outermost: the features that are zero are then rows that nobody needs to read.
+        super().__init__(weight.t().contiguous().t(), bias, activation)
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}->{self.weight.shape[0]}"
 

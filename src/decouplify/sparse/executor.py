@@ -1,0 +1,275 @@
+"""Run the program of a sparse form: stretches of engine steps in one call each, torch in between."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from decouplify import aten
+from decouplify.sparse import native
+from decouplify.sparse.drafts import Act, Draft, Item, ReadGate, SetGate, Step, TorchCall
+from decouplify.sparse.memory import Placement, place
+from decouplify.sparse.native import Algorithm, StepKind
+from decouplify.sparse.ops import count
+from decouplify.sparse.translate import translate
+
+__all__ = ["Program", "UndefinedGateError"]
+
+
+class UndefinedGateError(ArithmeticError):
+    """A controller's logit is NaN. The engine knows only open and closed; the reference passes NaN on."""
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Engine steps [begin, end) and the slots they mention."""
+
+    begin: int
+    end: int
+
+
+class Program:
+    """A sparse form for one image size, ready to run. Any number of threads may run it at once.
+
+    Args:
+        module: The lowered graph; torch runs its modules where the engine has no step.
+        fuse: See ``translate``.
+        transformed: Winograd weights by convolution and algorithm, shared with other programs of the same weights.
+    """
+
+    def __init__(self, module: GraphModule, fuse: bool = True, transformed: dict[Any, Tensor] | None = None) -> None:
+        self.module = module
+        self._transformed = {} if transformed is None else transformed
+        self.draft = translate(module, fuse)
+        self.steps = self.draft.steps
+        self._plan, self._kept = _build(self.draft, place(self.draft))
+        self._stretches = list(_stretches(self.draft.items, whole=fuse))
+        self._idle: list[native.Workspace] = []
+        self._lock = threading.Lock()
+        self._node_of_gate = [node for node, _ in self.draft.gates]
+
+    @property
+    def plan(self) -> native.Plan:
+        """The plan inside the engine."""
+        return self._plan
+
+    @torch.no_grad()
+    def run(self, image: Tensor) -> Any:
+        """What the model returns for one image.
+
+        Args:
+            image: Shape (1, C, H, W), float32.
+
+        Raises:
+            UndefinedGateError: If a gate is neither open nor closed.
+        """
+        with self._workspace() as workspace:
+            return _Run(self, workspace, image).result()
+
+    @torch.no_grad()
+    def run_observed(self, image: Tensor, observer: Callable[[str, Tensor], None], forced: Mapping[str, Tensor]) -> Any:
+        """As ``run``, calling ``observer(node name, value)``; ``forced`` replaces gates by node name, 0 or 1 each."""
+        with self._workspace() as workspace:
+            return _Run(self, workspace, image, observer, forced).result()
+
+    def describe(self) -> list[str]:
+        """How convolutions are computed and what torch runs, a line each."""
+        algorithms = Counter(s.algorithm for s in self.steps if s.kind is StepKind.CONVOLUTION)
+        named = {Algorithm.DIRECT: "direct", Algorithm.WINOGRAD_2: "F(2,3)", Algorithm.WINOGRAD_4: "F(4,3)"}
+        in_torch = Counter(name_of_call(self.module, i.node) for i in self.draft.items if isinstance(i, TorchCall))
+        return [
+            f"engine: {len(self.steps)} steps in {sum(isinstance(s, _Stretch) for s in self._stretches)} calls",
+            "convolutions: " + (", ".join(f"{n} {named[a]}" for a, n in algorithms.most_common()) or "none"),
+            "run by torch: " + (", ".join(f"{n} {name}" for name, n in in_torch.most_common()) or "nothing"),
+        ]
+
+    @contextmanager
+    def _workspace(self) -> Iterator[native.Workspace]:
+        """Memory that nobody else uses meanwhile."""
+        with self._lock:
+            workspace = self._idle.pop() if self._idle else None
+        workspace = native.Workspace(self._plan) if workspace is None else workspace
+        try:
+            yield workspace
+        finally:
+            count(workspace.take_macs())
+            with self._lock:
+                self._idle.append(workspace)
+
+    def set_algorithm(self, step: int, algorithm: Algorithm) -> None:
+        """Choose how a 3x3 convolution is computed; not while anything runs."""
+        chosen = self.steps[step]
+        key = (chosen.name, algorithm)
+        if algorithm is not Algorithm.DIRECT and key not in self._transformed:
+            self._transformed[key] = native.transform_weights(chosen.weights["weight"], int(algorithm))
+        self._plan.set_algorithm(step, algorithm, self._transformed.get(key))
+        chosen.algorithm = algorithm
+
+
+class _Run:
+    """One image on its way through a program."""
+
+    def __init__(
+        self,
+        program: Program,
+        workspace: native.Workspace,
+        image: Tensor,
+        observer: Callable[[str, Tensor], None] | None = None,
+        forced: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.program, self.workspace, self.draft = program, workspace, program.draft
+        self.observer, self.forced = observer, forced or {}
+        self.values: dict[Node, Any] = {}
+        self.image = image
+        self.n_threads = torch.get_num_threads()
+
+    def result(self) -> Any:
+        for node in self.program.module.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self.image
+            elif node.op == "get_attr":
+                self.values[node] = getattr(self.program.module, str(node.target))
+        for item in self.program._stretches:
+            self._do(item)
+        output = next(n for n in reversed(self.program.module.graph.nodes) if n.op == "output")
+        return self._resolve(output.args[0])
+
+    def _resolve(self, value: Any) -> Any:
+        """A structure of nodes as a structure of their values; ``map_arg`` would return immutable containers."""
+        if isinstance(value, Node):
+            return self.values[value]
+        if isinstance(value, dict):
+            return {key: self._resolve(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._resolve(item) for item in value]
+        if isinstance(value, tuple):
+            items = [self._resolve(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return value
+
+    def _do(self, item: _Stretch | Item) -> None:
+        if isinstance(item, _Stretch):
+            self._run_steps(item)
+        elif isinstance(item, TorchCall):
+            self._call_torch(item.node)
+        elif isinstance(item, SetGate):
+            self.workspace.set_gate(item.gate, self._binary(self.forced.get(item.node.name, self.values[item.node])))
+        elif isinstance(item, ReadGate):
+            self.values[item.node] = self.workspace.gate(item.gate)
+
+    def _binary(self, z: Tensor) -> Tensor:
+        if bool(z.isnan().any()):
+            raise UndefinedGateError
+        return z
+
+    def _run_steps(self, stretch: _Stretch) -> None:
+        steps = self.program.steps[stretch.begin : stretch.end]
+        if len(steps) == 1 and steps[0].kind is StepKind.CONTROL and self._force(steps[0]):
+            return
+        slots = self._slots(steps)
+        if self.workspace.run(stretch.begin, stretch.end, slots, self.n_threads) is native.Status.UNDEFINED_GATE:
+            raise UndefinedGateError
+        if self.observer is not None:
+            self._show(steps[-1])
+
+    def _force(self, step: Step) -> bool:
+        """Whether a gate was given instead of decided. The decision is shown in any case."""
+        z = self.forced.get(step.node.name)
+        if z is not None:
+            self.workspace.set_gate(step.gate, z)
+        return z is not None
+
+    def _show(self, step: Step) -> None:
+        assert self.observer is not None
+        if step.kind is StepKind.CONTROL:
+            self.observer(step.node.name, self.workspace.gate(step.gate))
+        if step.kind is StepKind.STORE:
+            self.observer(step.node.name, self.values[step.node].clone())
+
+    def _slots(self, steps: list[Step]) -> Any:
+        addresses = [0] * self.draft.n_slots
+        for step in steps:
+            if step.kind is StepKind.LOAD:
+                node = self.draft.loads[step.slot]
+                self.values[node] = self.values[node].contiguous()
+                addresses[step.slot] = self.values[node].data_ptr()
+            elif step.kind is StepKind.STORE:
+                node, shape = self.draft.stores[step.slot]
+                self.values[node] = torch.empty(shape)
+                addresses[step.slot] = self.values[node].data_ptr()
+        return native.slots_of(addresses)
+
+    def _call_torch(self, node: Node) -> None:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        if node.op == "call_module":
+            value = self.program.module.get_submodule(str(node.target))(*args, **kwargs)
+        else:
+            value = node.target(*args, **kwargs)  # type: ignore[operator]  # an operator
+        self.values[node] = self.forced.get(node.name, value)
+        if self.observer is not None and isinstance(value, Tensor):
+            self.observer(node.name, value.clone())
+
+
+def name_of_call(module: GraphModule, node: Node) -> str:
+    """What a node runs: the class of a module, or the name of an operator."""
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))).__name__
+    return aten.name_of(node)
+
+
+def _stretches(items: list[Item], whole: bool) -> Iterator[_Stretch | Item]:
+    """Items with runs of steps joined; each step by itself unless ``whole``."""
+    begin = end = 0
+    for item in items:
+        if isinstance(item, Step):
+            end += 1
+        if begin < end and (not whole or not isinstance(item, Step)):
+            yield _Stretch(begin, end)
+            begin = end
+        if not isinstance(item, Step):
+            yield item
+    if begin < end:
+        yield _Stretch(begin, end)
+
+
+def _build(draft: Draft, placement: Placement) -> tuple[native.Plan, dict[str, Tensor]]:
+    """The plan inside the engine, and the tensors it points to."""
+    kept: dict[str, Tensor] = {}
+    steps = [_native_step(i, step, placement, kept) for i, step in enumerate(draft.steps)]
+    sizes = [n_filters for _, n_filters in draft.gates]
+    return native.Plan(placement.geometries, placement.values, steps, sizes), kept
+
+
+def _native_step(i: int, step: Step, placement: Placement, kept: dict[str, Tensor]) -> native.Step:
+    def index(m: Any) -> int:
+        return -1 if m is None else placement.index[m]
+
+    found = native.Step(
+        kind=step.kind, input=index(step.input), other=index(step.other), output=index(step.output), gate=step.gate,
+        slot=step.slot, position=step.position, algorithm=native.Algorithm.DIRECT, window=step.window,
+        groups=step.groups, activated=_activated(step), clears=step.clears, counts_padding=step.counts_padding,
+        kernel=step.sliding.kernel, stride=step.sliding.stride, padding=step.sliding.padding,
+        dilation=step.sliding.dilation, activation=_native_act(step.act),
+    )  # fmt: skip
+    for name, tensor in step.weights.items():
+        kept[f"{name} {i}"] = tensor
+        setattr(found, name, tensor.data_ptr())
+    if step.kind is StepKind.CONTROL:
+        found.hidden = len(step.weights["bias"])
+    return found
+
+
+def _activated(step: Step) -> bool:
+    return step.other is not None and step.act.changes_nothing_in(step.other.bounds)
+
+
+def _native_act(act: Act) -> native.Activation:
+    return native.Activation(act.kind, act.low, act.high)

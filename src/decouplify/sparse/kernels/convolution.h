@@ -1,0 +1,75 @@
+// What a convolution step is, as the plan keeps it, and what one call of it gets.
+#pragma once
+
+#include "layout.h"
+
+namespace decouplify {
+
+enum class Algorithm : int32_t { kDirect = 0, kWinograd2 = 2, kWinograd4 = 4 };
+
+struct Convolution {
+  int32_t n_channels, n_filters, groups;
+  int32_t kernel[2], stride[2], padding[2], dilation[2];  // rows, columns; padding above and to the left
+  const float* weight;       // (filters, channels / groups, rows, columns)
+  const float* transformed;  // Winograd weights (filters, points, channels), or null
+  const float* bias;         // (filters)
+  Activation activation;
+  Algorithm algorithm;
+  Geometry in, out;
+};
+
+// One image's share of a convolution: the channels that exist, the filters that are open.
+struct ConvolutionCall {
+  const float* in;  // first plane of the input value
+  const int32_t* channels;
+  int32_t n_channels;
+  float* out;  // first plane of the output value
+  const int32_t* filters;
+  int32_t n_filters;
+  const float* residual;         // first plane of a value of the output's geometry that is added, or null
+  const uint8_t* residual_live;  // per channel of that value, whether it exists
+  float* sums;                   // per filter, receives the sum over its output pixels, or null
+  int32_t n_threads;
+};
+
+// Windows over each channel by itself: depthwise convolution and pooling.
+enum class WindowKind : int32_t { kDepthwise, kMax, kAverage };
+
+struct Window {
+  WindowKind kind;
+  int32_t kernel[2], stride[2], padding[2], dilation[2];
+  const float* weight;  // depthwise: (channels, rows, columns)
+  const float* bias;    // depthwise: (channels)
+  const float* scale;   // average: 1 / elements under the window, per flat output position
+  Activation activation;
+  Geometry in, out;
+};
+
+struct WindowCall {
+  const float* in;
+  float* out;
+  const int32_t* channels;   // those to compute
+  int32_t n_channels;
+  const uint8_t* live;       // per channel whether its input exists; only the bias is left where it does not
+  float* sums;
+  int32_t n_threads;
+};
+
+// Kernels of one instruction set. A plane is given by its first float, borders included.
+struct Kernels {
+  const char* name;
+  void (*convolve)(const Convolution&, const ConvolutionCall&, Scratch&);
+  void (*slide)(const Window&, const WindowCall&, Scratch&);
+  // Weights of F(tile x tile, 3 x 3), tile 2 or 4: (filters, channels, 3, 3) to (filters, (tile + 2)^2, channels).
+  void (*transform)(int tile, const float* weight, int n_filters, int n_channels, float* to);
+  // out = activation(a + b), where either may be null for zero. Returns the sum over the pixels.
+  float (*add)(const float* a, const float* b, float* out, const Geometry&, Activation);
+  // out = activation(a * scale + shift), where a may be null for zero. Returns the sum over the pixels.
+  float (*scale)(const float* a, float scale, float shift, float* out, const Geometry&, Activation);
+  float (*sum)(const float* a, const Geometry&);
+  // y = activation(bias + sum over i of x[i] * weight[i]), weight (inputs, outputs); an input that is zero costs nothing.
+  void (*linear)(const float* weight, const float* bias, const float* x, int n_inputs, float* y, int n_outputs,
+                 Activation, int n_threads);
+};
+
+}  // namespace decouplify

@@ -1,0 +1,148 @@
+// Convolution as it is written down: for every open filter a sum over existing channels and taps, straight from the
+// original weights.
+#pragma once
+
+#include <type_traits>
+
+#include "gather.h"
+
+namespace decouplify::DECOUPLIFY_ISA {
+
+template <class F>
+DECOUPLIFY_INLINE void parallel(int n_threads, int n_tasks, F&& f) {
+  const auto call = [](void* context, int begin, int end, int thread) {
+    (*static_cast<std::remove_reference_t<F>*>(context))(begin, end, thread);
+  };
+  run_parallel(n_threads, n_tasks, call, &f);
+}
+
+// Sums over the pixels of each filter, one vector per thread and filter until every tile is done.
+class PixelSums {
+ public:
+  PixelSums(const ConvolutionCall& call, Scratch& scratch) : call_(call), partial_(nullptr) {
+    if (call.sums == nullptr) return;
+    const size_t n = size_t(call.n_threads) * call.n_filters * kLanes;
+    partial_ = scratch.partial_sums.reserve(n);
+    memset(partial_, 0, n * sizeof(float));
+  }
+  float* of(int thread, int i) const { return partial_ == nullptr ? nullptr : at(thread, i); }
+  void finish() const {
+    if (partial_ == nullptr) return;
+    for (int i = 0; i < call_.n_filters; ++i) {
+      Vec total{};
+      for (int thread = 0; thread < call_.n_threads; ++thread) total += load(at(thread, i));
+      call_.sums[call_.filters[i]] = sum(total);
+    }
+  }
+
+ private:
+  float* at(int thread, int i) const { return partial_ + (size_t(thread) * call_.n_filters + i) * kLanes; }
+  const ConvolutionCall& call_;
+  float* partial_;
+};
+
+// Output plane of one filter, and the plane to add to it.
+DECOUPLIFY_INLINE TileOutput output_of(const Convolution& conv, const ConvolutionCall& call, int filter) {
+  const int64_t plane = filter * conv.out.plane + conv.out.origin;
+  const bool adds = call.residual != nullptr && call.residual_live[filter];
+  return {nullptr, call.out + plane, adds ? call.residual + plane : nullptr, nullptr, conv.bias[filter]};
+}
+
+// The filters [first, first + n) of the call's list, which read the same channels.
+struct DirectJob {
+  const Convolution& conv;
+  const ConvolutionCall& call;
+  const PixelSums& sums;
+  TileInput input;
+  int first, n;
+
+  int64_t weights_per_filter() const {
+    return int64_t{conv.n_channels} / conv.groups * conv.kernel[0] * conv.kernel[1];
+  }
+  int n_vectors() const { return divide_up((conv.out.height - 1) * conv.out.row + conv.out.width, kLanes); }
+  int n_tiles() const { return divide_up(n_vectors(), kTileVectors); }
+  int n_filter_groups() const { return divide_up(n, kTileFilters); }
+
+  // Weights that do not stay in the cache are better read once than once per tile of pixels.
+  bool filters_first() const {
+    const int64_t n_input = int64_t{input.n_channels} * conv.in.plane, n_weights = n * input.n_channels * input.n_taps;
+    return n_input * sizeof(float) < (600 << 10) && n_weights * sizeof(float) > (256 << 10);
+  }
+
+  void run(int tile, int group, int thread) const {
+    const int v0 = part(n_vectors(), n_tiles(), tile), v1 = part(n_vectors(), n_tiles(), tile + 1);
+    const int n0 = part(n, n_filter_groups(), group), n1 = part(n, n_filter_groups(), group + 1);
+    TileOutput to[kTileFilters];
+    for (int i = n0; i < n1; ++i) {
+      const int filter = call.filters[first + i];
+      TileOutput& o = to[i - n0] = output_of(conv, call, filter);
+      o.weight = conv.weight + filter * weights_per_filter();
+      o.out += v0 * kLanes;
+      if (o.residual != nullptr) o.residual += v0 * kLanes;
+      o.partial_sum = sums.of(thread, first + i);
+    }
+    TileInput in = input;
+    in.x += v0 * kLanes;
+    tile_for(in.n_taps, n1 - n0, v1 - v0)(in, to, conv.out.mask + v0 * kLanes, conv.activation);
+  }
+
+  void run_all() const {
+    if (n == 0) return;
+    const int n_groups = n_filter_groups();
+    const bool filters_outside = filters_first() || n_tiles() < 2 * call.n_threads;
+    const int n_outer = filters_outside ? n_groups : n_tiles(), n_inner = filters_outside ? n_tiles() : n_groups;
+    parallel(call.n_threads, n_outer, [&](int begin, int end, int thread) {
+      for (int i = begin; i < end; ++i) {
+        for (int j = 0; j < n_inner; ++j) filters_outside ? run(j, i, thread) : run(i, j, thread);
+      }
+    });
+  }
+};
+
+// Where each channel of the call is found: in its own plane, or gathered.
+static const float* place_channels(const Convolution& conv, const ConvolutionCall& call, Taps& taps, int64_t* offsets,
+                                   Scratch& scratch) {
+  if (reads_in_place(conv)) {
+    place_in_plane(taps, conv.in);
+    for (int i = 0; i < call.n_channels; ++i) offsets[i] = call.channels[i] * conv.in.plane;
+    return call.in + conv.in.origin;
+  }
+  place_in_phases(taps, conv.out);
+  float* gathered = scratch.gathered.reserve(taps.channel() * call.n_channels + kTileVectors * kLanes);
+  parallel(call.n_threads, call.n_channels, [&](int begin, int end, int) {
+    for (int i = begin; i < end; ++i) {
+      const float* plane = call.in + call.channels[i] * conv.in.plane + conv.in.origin;
+      gather_channel(plane, taps, conv.in, conv.out, gathered + i * taps.channel(), 0.0f);
+    }
+  });
+  for (int i = 0; i < call.n_channels; ++i) offsets[i] = i * taps.channel();
+  return gathered;
+}
+
+// The first position in an ascending list whose value is not below `bound`.
+DECOUPLIFY_INLINE int position_of(const int32_t* list, int n, int from, int bound) {
+  while (from < n && list[from] < bound) ++from;
+  return from;
+}
+
+static void convolve_direct(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
+  Taps taps = taps_of(conv);
+  // Eight bytes of offset and four of column per channel.
+  auto* offsets = reinterpret_cast<int64_t*>(scratch.lists.reserve(size_t(call.n_channels) * 3));
+  auto* columns = reinterpret_cast<int32_t*>(offsets + call.n_channels);
+  const float* x = place_channels(conv, call, taps, offsets, scratch);
+  const int channels_per_group = conv.n_channels / conv.groups, filters_per_group = conv.n_filters / conv.groups;
+  for (int i = 0; i < call.n_channels; ++i) columns[i] = call.channels[i] % channels_per_group * taps.n;
+  const PixelSums sums(call, scratch);
+  int c = 0, f = 0;
+  for (int group = 0; group < conv.groups; ++group) {
+    const int c1 = position_of(call.channels, call.n_channels, c, (group + 1) * channels_per_group);
+    const int f1 = position_of(call.filters, call.n_filters, f, (group + 1) * filters_per_group);
+    DirectJob{conv, call, sums, {x, offsets + c, columns + c, c1 - c, taps.offset, taps.n}, f, f1 - f}.run_all();
+    c = c1;
+    f = f1;
+  }
+  sums.finish();
+}
+
+}  // namespace decouplify::DECOUPLIFY_ISA

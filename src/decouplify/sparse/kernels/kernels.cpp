@@ -1,0 +1,33 @@
+// The kernels of one instruction set; CMakeLists.txt compiles this file once for each.
+#include "direct.h"
+#include "elementwise.h"
+#include "linear.h"
+#include "window.h"
+#include "winograd.h"
+
+#define DECOUPLIFY_STRING_OF(x) #x
+#define DECOUPLIFY_STRING(x) DECOUPLIFY_STRING_OF(x)
+
+namespace decouplify::DECOUPLIFY_ISA {
+
+static void convolve(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
+  if (call.n_filters == 0) return;
+  switch (conv.algorithm) {
+    case Algorithm::kWinograd2: return convolve_winograd<2>(conv, call, scratch);
+    case Algorithm::kWinograd4: return convolve_winograd<4>(conv, call, scratch);
+    case Algorithm::kDirect: return convolve_direct(conv, call, scratch);
+  }
+}
+
+static void transform(int tile, const float* weight, int n_filters, int n_channels, float* to) {
+  tile == 4 ? transform_weights<4>(weight, n_filters, n_channels, to)
+            : transform_weights<2>(weight, n_filters, n_channels, to);
+}
+
+const Kernels& kernels() {
+  static constexpr Kernels table{DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve,  slide,  transform,
+                                 add_planes,                        scale_plane, sum_plane, linear};
+  return table;
+}
+
+}  // namespace decouplify::DECOUPLIFY_ISA

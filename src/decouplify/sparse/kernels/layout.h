@@ -1,0 +1,64 @@
+// How feature maps lie in memory, and the small services kernels need. Nothing here depends on the instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace decouplify {
+
+// Planes of one height and width. A plane is one channel, row after row, with `border` columns of zeros between two rows
+// (they are the right border of one and the left border of the next), `border` rows of zeros above and as many below.
+// So a tap of a convolution is a constant offset into flat memory, whatever row a pixel is in. Every kernel writes
+// zeros to the border, or nothing.
+struct Geometry {
+  int32_t height, width, border;
+  int32_t row;     // floats from one row to the next
+  int64_t plane;   // floats from one channel to the next
+  int64_t origin;  // position of the first pixel in its plane
+  const int32_t* mask;  // per flat position from the origin: -1 for a pixel, 0 for border; padded to whole vectors
+};
+
+// Positions from the first pixel to the last one, border columns in between included.
+inline int64_t flat_size(const Geometry& g) { return int64_t{g.height} * g.row; }
+
+enum class ActivationKind : int32_t { kClamp, kSilu, kHardswish, kGelu, kSigmoid, kLeaky };
+
+// clamp(x, low, high), which is ReLU, ReLU6 and the identity; or a named function. kLeaky has its slope in `low`.
+struct Activation {
+  ActivationKind kind;
+  float low, high;
+};
+
+// Memory that only grows, so that a run allocates nothing once every size was seen.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer();
+  // At least n floats, aligned to 64 bytes; what was there is lost when it grows.
+  float* reserve(size_t n);
+
+ private:
+  float* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Zeroed memory in huge pages where the system has them; free with release().
+float* allocate(size_t n_floats);
+void release(float* data);
+
+// What one run may write to besides its values: private buffers per thread, and some that all threads share.
+struct Scratch {
+  static constexpr int kMaxThreads = 64;
+  Buffer transformed[kMaxThreads], products[kMaxThreads], window[kMaxThreads];
+  Buffer gathered, partial_sums, lists;
+};
+
+// Calls body(context, begin, end, thread) for disjoint ranges that cover [0, n_tasks), on up to n_threads threads, and
+// returns when all are done. Which tasks share a range depends on the two numbers only, so sums over threads come out
+// the same in every run.
+using Body = void (*)(void* context, int begin, int end, int thread);
+void run_parallel(int n_threads, int n_tasks, Body body, void* context);
+
+}  // namespace decouplify

@@ -1,0 +1,139 @@
+// The inner loop of every direct convolution: some filters times some vectors of consecutive positions.
+#pragma once
+
+#include "convolution.h"
+#include "vector.h"
+
+namespace decouplify::DECOUPLIFY_ISA {
+
+DECOUPLIFY_INLINE int smaller(int a, int b) { return a < b ? a : b; }
+// Where part i of n tasks in `parts` parts starts: 32 filters in 6 parts are 5 or 6 each, never five times 6 and a 2.
+DECOUPLIFY_INLINE int part(int n, int parts, int i) { return static_cast<int>(int64_t{n} * i / parts); }
+DECOUPLIFY_INLINE int divide_up(int n, int by) { return (n + by - 1) / by; }
+
+DECOUPLIFY_INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (exponential(-x) + 1.0f); }
+
+// erf after Numerical Recipes (3rd ed., section 6.2.2, the Chebyshev fit with 1.2e-7 relative error in erfc).
+DECOUPLIFY_INLINE Vec erf_of(Vec x) {
+  const Vec z = x < Vec{} ? -x : x;
+  const Vec t = splat(1.0f) / (z * 0.5f + 1.0f);
+  constexpr float kFit[] = {0.17087277f,  -0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f,
+                            -0.18628806f, 0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
+  Vec p = splat(kFit[0]);
+  for (int i = 1; i < 10; ++i) p = p * t + kFit[i];
+  const Vec erfc = t * exponential(p - z * z);
+  const Vec y = splat(1.0f) - erfc;
+  return x < Vec{} ? -y : y;
+}
+
+DECOUPLIFY_INLINE Vec activate(Vec x, const Activation& activation) {
+  switch (activation.kind) {
+    case ActivationKind::kSilu: return x * sigmoid(x);
+    case ActivationKind::kHardswish: return x * at_most(at_least(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+    case ActivationKind::kGelu: return x * 0.5f * (erf_of(x * 0.70710678f) + 1.0f);
+    case ActivationKind::kSigmoid: return sigmoid(x);
+    case ActivationKind::kLeaky: return x < Vec{} ? x * activation.low : x;
+    case ActivationKind::kClamp: break;
+  }
+  return at_most(at_least(x, activation.low), activation.high);
+}
+
+// The positions of one tile, for all channels: x + channel[c] + tap[t] is the first input it needs.
+struct TileInput {
+  const float* x;
+  const int64_t* channel;
+  const int32_t* column;  // where the weights of each channel start in a filter's row
+  int n_channels;
+  const int64_t* tap;
+  int n_taps;
+};
+
+// Where one filter's part of a tile goes.
+struct TileOutput {
+  const float* weight;
+  float* out;
+  const float* residual;  // or null
+  float* partial_sum;     // one vector, or null
+  float bias;
+};
+
+// out = activation(acc + bias + residual) on pixels and zero on border positions.
+template <int NV>
+DECOUPLIFY_INLINE void finish_row(const Vec (&acc)[NV], const TileOutput& to, const int32_t* mask,
+                                  const Activation& activation) {
+  Vec total{};
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) {
+    Vec y = acc[v] + to.bias;
+    if (to.residual != nullptr) y += load(to.residual + v * kLanes);
+    y = keep(activate(y, activation), (Mask)load(reinterpret_cast<const float*>(mask) + v * kLanes));
+    total += y;
+    store(to.out + v * kLanes, y);
+  }
+  if (to.partial_sum != nullptr) store(to.partial_sum, load(to.partial_sum) + total);
+}
+
+// TAPS is the number of taps per channel, 0 for a number known at run time only.
+template <int TAPS, int NB, int NV>
+static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* mask, const Activation& activation) {
+  Vec acc[NB][NV];
+  const float* weight[NB];
+#pragma GCC unroll 8
+  for (int n = 0; n < NB; ++n) {
+    weight[n] = to[n].weight;
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[n][v] = Vec{};
+  }
+  const int n_taps = TAPS > 0 ? TAPS : in.n_taps;
+  for (int c = 0; c < in.n_channels; ++c) {
+    const float* x0 = in.x + in.channel[c];
+    const int64_t column = in.column[c];
+    if (TAPS == 9) {
+      // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
+      const int64_t ahead = in.column[c + 1 < in.n_channels ? c + 1 : c];
+#pragma GCC unroll 8
+      for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + ahead);
+    }
+#pragma GCC unroll 9
+    for (int t = 0; t < n_taps; ++t) {
+      const float* x = x0 + in.tap[t];
+      Vec value[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
+#pragma GCC unroll 8
+      for (int n = 0; n < NB; ++n) {
+        const Vec w = splat(weight[n][column + t]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < NB; ++n) finish_row<NV>(acc[n], to[n], mask, activation);
+}
+
+using TileFunction = void (*)(const TileInput&, const TileOutput*, const int32_t*, const Activation&);
+
+template <int TAPS, int NB, int... V>
+constexpr TileFunction tile_for(int n_vectors, std::integer_sequence<int, V...>) {
+  const TileFunction functions[] = {run_tile<TAPS, NB, V + 1>...};
+  return functions[n_vectors - 1];
+}
+
+template <int TAPS, int... B>
+static TileFunction tile_for(int n_filters, int n_vectors, std::integer_sequence<int, B...>) {
+  using Vectors = std::make_integer_sequence<int, kTileVectors>;
+  using Choose = TileFunction (*)(int);
+  static constexpr Choose functions[] = {[](int v) { return tile_for<TAPS, B + 1>(v, Vectors{}); }...};
+  return functions[n_filters - 1](n_vectors);
+}
+
+// The tile for 1 <= n_filters <= kTileFilters and 1 <= n_vectors <= kTileVectors.
+static TileFunction tile_for(int n_taps, int n_filters, int n_vectors) {
+  using Filters = std::make_integer_sequence<int, kTileFilters>;
+  if (n_taps == 1) return tile_for<1>(n_filters, n_vectors, Filters{});
+  if (n_taps == 9) return tile_for<9>(n_filters, n_vectors, Filters{});
+  return tile_for<0>(n_filters, n_vectors, Filters{});
+}
+
+}  // namespace decouplify::DECOUPLIFY_ISA

@@ -1,0 +1,125 @@
+// One vector of floats for the instruction set this file is compiled for, in GCC/Clang vector extensions.
+//
+// Everything that depends on the instruction set lives in the namespace DECOUPLIFY_ISA, because the same sources are
+// compiled several times with different options and linked into one library. For the same reason nothing here may be
+// a non-static function outside that namespace, nor use inline functions of the standard library on hot paths: the
+// linker keeps one copy of each, and it may be the one this CPU cannot run.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#define DECOUPLIFY_INLINE static inline __attribute__((always_inline))
+#define DECOUPLIFY_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace decouplify::DECOUPLIFY_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// A tile of a convolution: filters x vectors of accumulators that fit the registers beside their operands.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileFilters = 6, kTileVectors = 4;  // 32 registers
+#else
+constexpr int kTileFilters = 4, kTileVectors = 3;  // 16 registers
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(float))));  // per lane 0 or -1
+// Accumulators of the unaligned type would be spilled; it is for memory only.
+typedef float VecInMemory __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+
+DECOUPLIFY_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecInMemory*>(p); }
+DECOUPLIFY_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecInMemory*>(p) = v; }
+// Not `Vec{} + x`: 0 + x differs from x for -0, so the compiler would keep the addition.
+DECOUPLIFY_INLINE Vec splat(float x) { return x - Vec{}; }
+DECOUPLIFY_INLINE Vec keep(Vec v, Mask mask) { return (Vec)((Mask)v & mask); }
+
+template <int... I>
+DECOUPLIFY_INLINE Mask lanes_below(int n, std::integer_sequence<int, I...>) {
+  return Mask{I...} < (n - Mask{});
+}
+// The first n lanes.
+DECOUPLIFY_INLINE Mask lanes_below(int n) { return lanes_below(n, std::make_integer_sequence<int, kLanes>{}); }
+
+// The first n lanes, 0 <= n; the rest of the memory is not touched.
+DECOUPLIFY_INLINE void store_first(float* p, Vec v, int n) {
+  if (n >= kLanes) {
+    store(p, v);
+    return;
+  }
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#elif defined(__AVX__)
+  _mm256_maskstore_ps(p, (__m256i)lanes_below(n), (__m256)v);
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// A NaN in v stays: the comparison is false.
+DECOUPLIFY_INLINE Vec at_least(Vec v, float low) { return splat(low) > v ? splat(low) : v; }
+DECOUPLIFY_INLINE Vec at_most(Vec v, float high) { return splat(high) < v ? splat(high) : v; }
+// A NaN in either wins, as in torch.
+DECOUPLIFY_INLINE Vec maximum(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
+
+DECOUPLIFY_INLINE float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// The even (odd) elements of two vectors side by side.
+template <int... I>
+DECOUPLIFY_INLINE Vec evens(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...);
+}
+template <int... I>
+DECOUPLIFY_INLINE Vec odds(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+DECOUPLIFY_INLINE Vec evens(Vec a, Vec b) { return evens(a, b, std::make_integer_sequence<int, kLanes>{}); }
+DECOUPLIFY_INLINE Vec odds(Vec a, Vec b) { return odds(a, b, std::make_integer_sequence<int, kLanes>{}); }
+
+// The lower (upper) half of a0 b0 a1 b1 ...
+template <int... I>
+DECOUPLIFY_INLINE Vec zip_low(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * kLanes)...);
+}
+template <int... I>
+DECOUPLIFY_INLINE Vec zip_high(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + kLanes / 2 + (I % 2) * kLanes)...);
+}
+DECOUPLIFY_INLINE Vec zip_low(Vec a, Vec b) { return zip_low(a, b, std::make_integer_sequence<int, kLanes>{}); }
+DECOUPLIFY_INLINE Vec zip_high(Vec a, Vec b) { return zip_high(a, b, std::make_integer_sequence<int, kLanes>{}); }
+
+// e^x to about one unit in the last place; bounded below at -87.3 and above at 88.37.
+DECOUPLIFY_INLINE Vec exponential(Vec x) {
+  const Vec bounded = at_most(at_least(x, -87.3f), 88.37f);
+  const Vec scaled = bounded * 1.44269504f;
+  const Vec rounded = __builtin_convertvector(
+      __builtin_convertvector(scaled + (scaled < Vec{} ? splat(-0.5f) : splat(0.5f)), Mask), Vec);
+  const Vec r = (bounded - rounded * 0.693359375f) - rounded * -2.12194440e-4f;  // ln 2 in two parts
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Mask exponent = (__builtin_convertvector(rounded, Mask) + 127) << 23;
+  const Vec y = p * (Vec)exponent;
+  return x != x ? x : y;
+}
+
+}  // namespace decouplify::DECOUPLIFY_ISA

@@ -1,0 +1,324 @@
+// Winograd convolution F(m x m, 3 x 3) with run-time lists of filters and channels (Lavin & Gray, 2016).
+//
+// An open filter is a run of rows of the transformed weights (filters, points, channels); an existing channel is one
+// index in the innermost loop. So selection happens after the transform, and nothing is packed.
+//
+// F(4 x 4) uses the points 0, +-5/8, +-3/2, infinity. The textbook's 0, +-1, +-2 lose four times more accuracy at the same
+// cost; both of ours are exact in binary.
+#pragma once
+
+#include "direct.h"
+
+namespace decouplify::DECOUPLIFY_ISA {
+
+template <int M>
+struct Transform;
+
+template <>
+struct Transform<2> {
+  static constexpr int kPoints = 4;
+  static constexpr double kFilter[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+
+  // Inputs 0..3 of each tile of a row: tiles are two pixels apart.
+  DECOUPLIFY_INLINE void load_row(const float* const* x, int64_t offset, Vec (&d)[4]) {
+    const float *a = x[0] + offset, *b = x[1] + offset;
+    d[0] = evens(load(a), load(b)), d[1] = odds(load(a), load(b));
+    d[2] = evens(load(a + 2), load(b + 2)), d[3] = odds(load(a + 2), load(b + 2));
+  }
+  DECOUPLIFY_INLINE void input(const Vec (&d)[4], Vec (&t)[4]) {
+    t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
+  }
+  DECOUPLIFY_INLINE void output(const Vec (&m)[4], Vec (&y)[2]) { y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3]; }
+  // Pixels of tiles back to runs of consecutive pixels.
+  DECOUPLIFY_INLINE void to_runs(const Vec (&y)[2], Vec (&run)[2]) {
+    run[0] = zip_low(y[0], y[1]), run[1] = zip_high(y[0], y[1]);
+  }
+};
+
+template <>
+struct Transform<4> {
+  static constexpr int kPoints = 6;
+  static constexpr double kA = 0.625, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
+  static constexpr double kNa = 2 * kA2 * (kA2 - kB2), kNb = 2 * kB2 * (kB2 - kA2);
+  static constexpr double kFilter[6][3] = {{1 / (kA2 * kB2), 0, 0},      {1 / kNa, kA / kNa, kA2 / kNa},
+                                           {1 / kNa, -kA / kNa, kA2 / kNa}, {1 / kNb, kB / kNb, kB2 / kNb},
+                                           {1 / kNb, -kB / kNb, kB2 / kNb}, {0, 0, 1}};
+  static constexpr float a = kA, b = kB, a2 = kA2, b2 = kB2, a3 = kA * kA2, b3 = kB * kB2;
+
+  DECOUPLIFY_INLINE void load_row(const float* const* x, int64_t offset, Vec (&d)[6]) {
+    Vec p[4], q[4];
+    for (int i = 0; i < 4; ++i) p[i] = load(x[i] + offset), q[i] = load(x[i] + offset + 4);
+    const Vec even0 = evens(p[0], p[1]), even1 = evens(p[2], p[3]), odd0 = odds(p[0], p[1]), odd1 = odds(p[2], p[3]);
+    d[0] = evens(even0, even1), d[1] = evens(odd0, odd1), d[2] = odds(even0, even1), d[3] = odds(odd0, odd1);
+    d[4] = evens(evens(q[0], q[1]), evens(q[2], q[3])), d[5] = evens(odds(q[0], q[1]), odds(q[2], q[3]));
+  }
+  DECOUPLIFY_INLINE void input(const Vec (&d)[6], Vec (&t)[6]) {
+    const Vec even_a = d[4] - d[2] * b2, odd_a = d[3] - d[1] * b2, even_b = d[4] - d[2] * a2, odd_b = d[3] - d[1] * a2;
+    t[0] = d[0] * (a2 * b2) - d[2] * (a2 + b2) + d[4];
+    t[1] = even_a + odd_a * a, t[2] = even_a - odd_a * a;
+    t[3] = even_b + odd_b * b, t[4] = even_b - odd_b * b;
+    t[5] = d[1] * (a2 * b2) - d[3] * (a2 + b2) + d[5];
+  }
+  DECOUPLIFY_INLINE void output(const Vec (&m)[6], Vec (&y)[4]) {
+    const Vec sum_a = m[1] + m[2], sum_b = m[3] + m[4], difference_a = m[1] - m[2], difference_b = m[3] - m[4];
+    y[0] = m[0] + sum_a + sum_b;
+    y[1] = difference_a * a + difference_b * b;
+    y[2] = sum_a * a2 + sum_b * b2;
+    y[3] = difference_a * a3 + difference_b * b3 + m[5];
+  }
+  DECOUPLIFY_INLINE void to_runs(const Vec (&y)[4], Vec (&run)[4]) {
+    const Vec even0 = zip_low(y[0], y[2]), even1 = zip_high(y[0], y[2]), odd0 = zip_low(y[1], y[3]),
+              odd1 = zip_high(y[1], y[3]);
+    run[0] = zip_low(even0, odd0), run[1] = zip_high(even0, odd0);
+    run[2] = zip_low(even1, odd1), run[3] = zip_high(even1, odd1);
+  }
+};
+
+// products[filter][vector] = sum over channels of weight[filter][column[c]] * transformed[c][vector].
+template <int NB, int NV>
+static void multiply(const float* transformed, const int32_t* columns, int n_channels, const float* const* weights,
+                     float* products, int64_t stride) {
+  Vec acc[NB][NV];
+  const float* weight[NB];
+#pragma GCC unroll 8
+  for (int n = 0; n < NB; ++n) {
+    weight[n] = weights[n];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[n][v] = Vec{};
+  }
+  for (int c = 0; c < n_channels; ++c, transformed += NV * kLanes) {
+    const int64_t column = columns[c];
+    Vec value[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) value[v] = load(transformed + v * kLanes);
+#pragma GCC unroll 8
+    for (int n = 0; n < NB; ++n) {
+      const Vec w = splat(weight[n][column]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < NB; ++n) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(products + n * stride + v * kLanes, acc[n][v]);
+  }
+}
+
+using MultiplyFunction = void (*)(const float*, const int32_t*, int, const float* const*, float*, int64_t);
+
+template <int NB, int... V>
+static MultiplyFunction multiply_for(int n_vectors, std::integer_sequence<int, V...>) {
+  static constexpr MultiplyFunction functions[] = {multiply<NB, V + 1>...};
+  return functions[n_vectors - 1];
+}
+
+template <int... B>
+static MultiplyFunction multiply_for(int n_filters, int n_vectors, std::integer_sequence<int, B...>) {
+  using Choose = MultiplyFunction (*)(int);
+  using Vectors = std::make_integer_sequence<int, kTileVectors>;
+  static constexpr Choose functions[] = {[](int v) { return multiply_for<B + 1>(v, Vectors{}); }...};
+  return functions[n_filters - 1](n_vectors);
+}
+
+// One layer call. Tiles are taken in runs: kLanes consecutive pixels of M rows, which is kLanes / M tiles; M runs fill
+// the lanes of a vector with tiles. A block is a few such vectors, so that a weight serves more than one.
+template <int M>
+struct Winograd {
+  using T = Transform<M>;
+  static constexpr int kPoints = T::kPoints * T::kPoints;
+  static constexpr int kFiltersAtOnce = 4 * kTileFilters;  // their products stay in the second-level cache
+
+  const Convolution& conv;
+  const ConvolutionCall& call;
+  const PixelSums& sums;
+  Scratch& scratch;
+
+  int runs_per_row() const { return divide_up(conv.out.width, kLanes); }
+  int n_runs() const { return divide_up(conv.out.height, M) * runs_per_row(); }
+  int n_vectors() const { return divide_up(n_runs(), M); }
+  int n_blocks() const { return divide_up(n_vectors(), kTileVectors); }
+  int n_filter_blocks() const { return divide_up(call.n_filters, kFiltersAtOnce); }
+
+  struct Block {
+    int first, n;           // vectors
+    int64_t point;          // floats between points in the transformed input
+    float* transformed;     // (points, channels, vectors)
+  };
+  struct Run {
+    int x, y;
+    bool exists;
+  };
+
+  Run run_at(int vector, int i) const {
+    const int index = vector * M + i;
+    if (index >= n_runs()) return {0, 0, false};
+    return {index % runs_per_row() * kLanes, index / runs_per_row() * M, true};
+  }
+
+  Block block_at(int i, Buffer& buffer) const {
+    const int first = part(n_vectors(), n_blocks(), i), n = part(n_vectors(), n_blocks(), i + 1) - first;
+    // Points a power of two apart would share cache sets.
+    const int64_t point = int64_t{call.n_channels} * n * kLanes + 16;
+    return {first, n, point, buffer.reserve(point * kPoints)};
+  }
+
+  void transform_input(const Block& block, int c) const {
+    const float* plane = call.in + call.channels[c] * conv.in.plane + conv.in.origin - conv.in.row - 1;
+    for (int v = 0; v < block.n; ++v) {
+      const float* x[M];
+      for (int i = 0; i < M; ++i) {
+        const Run run = run_at(block.first + v, i);
+        x[i] = plane + int64_t{run.y} * conv.in.row + run.x;
+      }
+      transform_tiles(x, block.transformed + (int64_t{c} * block.n + v) * kLanes, block.point);
+    }
+  }
+
+  void transform_tiles(const float* const* x, float* to, int64_t stride) const {
+    Vec rows[T::kPoints][T::kPoints];
+#pragma GCC unroll 8
+    for (int i = 0; i < T::kPoints; ++i) {
+      Vec d[T::kPoints];
+      T::load_row(x, int64_t{i} * conv.in.row, d);
+      T::input(d, rows[i]);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < T::kPoints; ++j) {
+      Vec d[T::kPoints], t[T::kPoints];
+#pragma GCC unroll 8
+      for (int i = 0; i < T::kPoints; ++i) d[i] = rows[i][j];
+      T::input(d, t);
+#pragma GCC unroll 8
+      for (int i = 0; i < T::kPoints; ++i) store(to + (i * T::kPoints + j) * stride, t[i]);
+    }
+  }
+
+  // Filters [n0, n1) of the list on one block.
+  void run_filters(const Block& block, int n0, int n1, int thread) const {
+    const int n = n1 - n0, n_groups = divide_up(n, kTileFilters);
+    const int64_t point = int64_t{block.n} * kLanes, filter = kPoints * point + 16;
+    float* products = scratch.products[thread].reserve(filter * n);
+    for (int e = 0; e < kPoints; ++e) {
+      for (int g = 0; g < n_groups; ++g) {
+        const int g0 = part(n, n_groups, g), g1 = part(n, n_groups, g + 1);
+        const float* weights[kTileFilters];
+        for (int i = g0; i < g1; ++i) weights[i - g0] = weight_of(call.filters[n0 + i], e);
+        const auto run = multiply_for(g1 - g0, block.n, std::make_integer_sequence<int, kTileFilters>{});
+        run(block.transformed + e * block.point, call.channels, call.n_channels, weights,
+            products + g0 * filter + e * point, filter);
+      }
+    }
+    for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);
+  }
+
+  const float* weight_of(int filter, int point) const {
+    return conv.transformed + (int64_t{filter} * kPoints + point) * conv.n_channels;
+  }
+
+  void finish_filter(const Block& block, int i, const float* products, int thread) const {
+    const TileOutput to = output_of(conv, call, call.filters[i]);
+    Vec total{};
+    for (int v = 0; v < block.n; ++v) {
+      finish_tiles(products + v * kLanes, int64_t{block.n} * kLanes, block.first + v, to, total);
+    }
+    float* partial = sums.of(thread, i);
+    if (partial != nullptr) store(partial, load(partial) + total);
+  }
+
+  void finish_tiles(const float* products, int64_t stride, int vector, const TileOutput& to, Vec& total) const {
+    Vec columns[M][T::kPoints];
+#pragma GCC unroll 8
+    for (int j = 0; j < T::kPoints; ++j) {
+      Vec m[T::kPoints], y[M];
+#pragma GCC unroll 8
+      for (int i = 0; i < T::kPoints; ++i) m[i] = load(products + (i * T::kPoints + j) * stride);
+      T::output(m, y);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) columns[i][j] = y[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      Vec y[M], pixels[M];
+      T::output(columns[i], y);
+      T::to_runs(y, pixels);
+#pragma GCC unroll 8
+      for (int k = 0; k < M; ++k) finish_run(pixels[k], run_at(vector, k), i, to, total);
+    }
+  }
+
+  DECOUPLIFY_INLINE_MEMBER void finish_run(Vec pixels, const Run& run, int row, const TileOutput& to, Vec& total) const {
+    if (!run.exists || run.y + row >= conv.out.height) return;
+    const int64_t at = int64_t{run.y + row} * conv.out.row + run.x;
+    const int n = conv.out.width - run.x;
+    Vec y = pixels + to.bias;
+    if (to.residual != nullptr) y += load(to.residual + at);
+    y = activate(y, conv.activation);
+    total += n >= kLanes ? y : keep(y, lanes_below(n));
+    store_first(to.out + at, y, n);
+  }
+
+  // Enough blocks: each thread transforms and finishes its own.
+  void run_by_block() const {
+    parallel(call.n_threads, n_blocks(), [&](int begin, int end, int thread) {
+      for (int i = begin; i < end; ++i) {
+        const Block block = block_at(i, scratch.transformed[thread]);
+        for (int c = 0; c < call.n_channels; ++c) transform_input(block, c);
+        for (int f = 0; f < n_filter_blocks(); ++f) run_filter_block(block, f, thread);
+      }
+    });
+  }
+
+  // Few blocks: threads share the transformed input and read disjoint parts of the weights.
+  void run_by_filter() const {
+    for (int i = 0; i < n_blocks(); ++i) {
+      const Block block = block_at(i, scratch.transformed[0]);
+      parallel(call.n_threads, call.n_channels, [&](int begin, int end, int) {
+        for (int c = begin; c < end; ++c) transform_input(block, c);
+      });
+      parallel(call.n_threads, n_filter_blocks(), [&](int begin, int end, int thread) {
+        for (int f = begin; f < end; ++f) run_filter_block(block, f, thread);
+      });
+    }
+  }
+
+  void run_filter_block(const Block& block, int f, int thread) const {
+    const int n = call.n_filters, parts = n_filter_blocks();
+    run_filters(block, part(n, parts, f), part(n, parts, f + 1), thread);
+  }
+
+  void run() const { call.n_threads == 1 || n_blocks() >= 2 * call.n_threads ? run_by_block() : run_by_filter(); }
+};
+
+template <int M>
+static void convolve_winograd(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
+  const PixelSums sums(call, scratch);
+  Winograd<M>{conv, call, sums, scratch}.run();
+  sums.finish();
+}
+
+// Weights (filters, channels, 3, 3) to (filters, points, channels), in double precision in between.
+template <int M>
+static void transform_weights(const float* weight, int n_filters, int n_channels, float* to) {
+  using T = Transform<M>;
+  constexpr int n = T::kPoints;
+  for (int64_t f = 0; f < n_filters; ++f) {
+    for (int64_t c = 0; c < n_channels; ++c) {
+      const float* w = weight + (f * n_channels + c) * 9;
+      double rows[n][3];
+      for (int i = 0; i < n; ++i) {
+        for (int x = 0; x < 3; ++x) {
+          rows[i][x] = T::kFilter[i][0] * w[x] + T::kFilter[i][1] * w[3 + x] + T::kFilter[i][2] * w[6 + x];
+        }
+      }
+      for (int i = 0; i < n; ++i) {
+        for (int j = 0; j < n; ++j) {
+          const double u = rows[i][0] * T::kFilter[j][0] + rows[i][1] * T::kFilter[j][1] + rows[i][2] * T::kFilter[j][2];
+          to[(f * n * n + i * n + j) * n_channels + c] = static_cast<float>(u);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace decouplify::DECOUPLIFY_ISA
