@@ -101,6 +101,7 @@ class Step:
     Attributes:
         name: What the user calls it: the module's name, or the operator's.
         node: The node of the lowered graph whose value this step completes.
+        reads_part: Whether some channels of the input may not exist.
     """
 
     kind: StepKind
@@ -119,6 +120,7 @@ class Step:
     act: Act = IDENTITY
     clears: bool = False
     counts_padding: bool = False
+    reads_part: bool = False
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property

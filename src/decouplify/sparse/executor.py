@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +51,8 @@ class Program:
         self._transformed = {} if transformed is None else transformed
         self.draft = translate(module, fuse)
         self.steps = self.draft.steps
-        self._plan, self._kept = _build(self.draft, place(self.draft))
+        self._placement = place(self.draft)
+        self._plan, self._kept = _build(self.draft, self._placement)
         self._stretches = list(_stretches(self.draft.items, whole=fuse))
         self._idle: list[native.Workspace] = []
         self._lock = threading.Lock()
@@ -79,6 +81,28 @@ class Program:
         """As ``run``, calling ``observer(node name, value)``; ``forced`` replaces gates by node name, 0 or 1 each."""
         with self._workspace() as workspace:
             return _Run(self, workspace, image, observer, forced).result()
+
+    def drop_transformed(self, step: int, algorithm: Algorithm) -> None:
+        """Free Winograd weights that no program uses."""
+        if self.steps[step].algorithm is algorithm:
+            self.set_algorithm(step, Algorithm.DIRECT)
+        self._transformed.pop((self.steps[step].name, algorithm), None)
+
+    @contextmanager
+    def prepared_for_timing(self, step: int) -> Iterator[functools.partial[native.Status]]:
+        """A function that runs one convolution with half of its filters, and of its channels if some may be missing."""
+        chosen, n_threads = self.steps[step], torch.get_num_threads()
+        assert chosen.input is not None
+        with self._workspace() as workspace:
+            exists = torch.ones(chosen.input.channels, dtype=torch.uint8)
+            exists[1::2] = not chosen.reads_part
+            workspace.set_live(self._placement.index[chosen.input], exists)
+            if chosen.gate >= 0:
+                z = torch.ones(self._plan.gate_sizes[chosen.gate])
+                z[1::2] = 0
+                workspace.set_gate(chosen.gate, z)
+            yield functools.partial(workspace.run, step, step + 1, native.slots_of([]), n_threads)
+            workspace.take_macs()
 
     def describe(self) -> list[str]:
         """How convolutions are computed and what torch runs, a line each."""

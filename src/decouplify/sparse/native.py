@@ -11,7 +11,7 @@ import functools
 import os
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "run": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, POINTER(c_void_p), c_int32]),
     "set_gate": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
     "get_gate": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
-    "get_live": (None, [c_void_p, c_void_p, c_int32, POINTER(c_uint8)]),
-    "set_live": (None, [c_void_p, c_void_p, c_int32, POINTER(c_uint8)]),
+    "get_live": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
+    "set_live": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
 }
 
 
@@ -307,6 +307,12 @@ class Workspace:
         if z.shape != (self._plan.gate_sizes[gate],):
             raise ValueError(f"gate {gate}: {tuple(z.shape)} values given, ({self._plan.gate_sizes[gate]},) wanted")
         self._engine.set_gate(self._plan.address, self.address, gate, z.data_ptr())
+
+    def set_live(self, value: int, exists: Tensor) -> None:
+        """Say which channels of a value exist: uint8, shape (C,), 0 or 1."""
+        if exists.shape != (self._plan.channels[value],) or exists.dtype != torch.uint8:
+            raise ValueError(f"value {value}: flags of shape {tuple(exists.shape)}, {exists.dtype} given")
+        self._engine.set_live(self._plan.address, self.address, value, exists.contiguous().data_ptr())
 
     def gate(self, gate: int) -> Tensor:
         """The values of a gate, shape (K,), 0 or 1."""

@@ -212,7 +212,7 @@ class _Translation:
             return y
         step = self.emit(
             StepKind.CONVOLUTION, node, input=x, output=y, gate=gate, groups=conv.groups, sliding=sliding, act=act,
-            weights=weights,
+            weights=weights, reads_part=node.args[2] is not None,
         )  # fmt: skip
         if self.fuse and conv.activation is None:
             self._fuse_sum(step)

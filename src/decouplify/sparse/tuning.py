@@ -1,20 +1,126 @@
-"""How each convolution of a program is computed: directly or by Winograd, whichever is faster on this CPU."""
+"""How each convolution of a program is computed: directly or by Winograd, whichever is faster on this CPU.
+
+The answer depends on caches and memory as much as on arithmetic, so it is measured, once per shape and CPU: each way
+computes the layer a few times with half of its filters and channels, and the results are kept in a file.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from decouplify.sparse import native
+from decouplify.sparse.drafts import Step
 from decouplify.sparse.executor import Program
 from decouplify.sparse.native import Algorithm
 
-__all__ = ["choose_algorithms"]
+__all__ = ["cache_file", "choose_algorithms"]
+
+#: Directory of the file with measured choices; the system's cache directory if not set, none if empty.
+CACHE_VARIABLE = "DECOUPLIFY_CACHE"
+
+_N_ROUNDS = 5
+_SECONDS_PER_WAY = 0.02
 
 
 def choose_algorithms(program: Program) -> None:
-    """Set the algorithm of every 3x3 convolution that Winograd could compute."""
+    """Set the algorithm of every 3x3 convolution that Winograd could compute, by measuring those not yet known."""
+    known = _read(cache_file())
+    measured: dict[str, str] = {}
     for i, step in enumerate(program.steps):
         if step.can_use_winograd:
-            assert step.output is not None and step.output.size is not None
-            height = min(step.output.size)
-            by_size = (
-                Algorithm.WINOGRAD_4 if height >= 28 else Algorithm.WINOGRAD_2 if height >= 10 else Algorithm.DIRECT
-            )
-            program.set_algorithm(i, by_size)
+            key = _key(step)
+            if key not in known:
+                known[key] = measured[key] = _fastest(program, i).name
+            program.set_algorithm(i, Algorithm[known[key]])
+    if measured:
+        _write(cache_file(), measured)
+
+
+def _key(step: Step) -> str:
+    """What the choice depends on: the CPU, the threads, and the layer."""
+    assert step.input is not None and step.output is not None and step.output.size is not None
+    height, width = step.output.size
+    layer = f"{step.input.channels}->{step.output.channels} {height}x{width}"
+    halves = f"{'half' if step.reads_part else 'all'}->{'half' if step.gate >= 0 else 'all'}"
+    return f"{_cpu()} {native.instruction_set()} {torch.get_num_threads()} threads: {layer} {halves}"
+
+
+@functools.cache
+def _cpu() -> str:
+    """The CPU's name; two machines of one name share their choices."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    identity = [
+        line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "model\t", "CPU part"))
+    ]
+    return " ".join(dict.fromkeys(identity)) or platform.machine()
+
+
+def _fastest(program: Program, i: int) -> Algorithm:
+    """The fastest way for one step, the minimum over a few rounds in which the ways take turns."""
+    best = dict.fromkeys(Algorithm, float("inf"))
+    with program.prepared_for_timing(i) as run:
+        for _ in range(_N_ROUNDS):
+            for algorithm in Algorithm:
+                program.set_algorithm(i, algorithm)
+                best[algorithm] = min(best[algorithm], _time(run))
+    for algorithm in Algorithm:
+        program.drop_transformed(i, algorithm)
+    return min(best, key=lambda algorithm: best[algorithm])
+
+
+def _time(run: Callable[[], object]) -> float:
+    """Seconds of one run, the shortest of as many as fit a short while (at least two: the first warms the caches)."""
+    run()
+    shortest, end = float("inf"), time.perf_counter() + _SECONDS_PER_WAY / _N_ROUNDS
+    while True:
+        start = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        shortest = min(shortest, now - start)
+        if now >= end:
+            return shortest
+
+
+def cache_file() -> Path | None:
+    """Where measured choices are kept, None if nowhere."""
+    given = os.environ.get(CACHE_VARIABLE)
+    if given == "":
+        return None
+    directory = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "decouplify"
+    return directory / "algorithms.json"
+
+
+def _read(path: Path | None) -> dict[str, str]:
+    """Choices by key; empty if there is no file, or one that somebody else wrote."""
+    try:
+        found = json.loads(path.read_text()) if path is not None else {}
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {str(key): str(name) for key, name in found.items() if name in Algorithm.__members__}
+
+
+def _write(path: Path | None, measured: dict[str, str]) -> None:
+    """Add choices to the file. Another process may do the same: the file is replaced in one piece."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+            json.dump({**_read(path), **measured}, file, indent=1, sort_keys=True)
+        Path(file.name).replace(path)
+    except OSError:
+        pass  # a read-only home: the next process measures again
