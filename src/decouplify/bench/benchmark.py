@@ -199,7 +199,7 @@ class _Measuring:
         self.subject, self.name, self.protocol, self.folder = subject, name, protocol, folder
         n = len(subject.images)
         self.inputs = [subject.images[(torch.arange(protocol.batch) + i) % n] for i in range(n)]
-        self.missing: dict[str, str] = {}
+        self.missing = {runtime: "not asked for" for runtime in RUNTIMES if runtime not in protocol.runtimes}
         self.errors: dict[str, float] = {}
         self.agreement: dict[str, float] = {}
 
