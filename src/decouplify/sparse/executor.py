@@ -22,7 +22,7 @@ from decouplify.sparse.native import Algorithm, StepKind
 from decouplify.sparse.ops import count
 from decouplify.sparse.translate import translate
 
-__all__ = ["Program", "UndefinedGateError"]
+__all__ = ["Program", "UndefinedGateError", "build_plan"]
 
 
 class UndefinedGateError(ArithmeticError):
@@ -52,7 +52,7 @@ class Program:
         self.draft = translate(module, fuse)
         self.steps = self.draft.steps
         self._placement = place(self.draft)
-        self._plan, self._kept = _build(self.draft, self._placement)
+        self._plan, self._kept = build_plan(self.draft, self._placement)
         self._stretches = list(_stretches(self.draft.items, whole=fuse))
         self._idle: list[native.Workspace] = []
         self._lock = threading.Lock()
@@ -264,7 +264,7 @@ def _stretches(items: list[Item], whole: bool) -> Iterator[_Stretch | Item]:
         yield _Stretch(begin, end)
 
 
-def _build(draft: Draft, placement: Placement) -> tuple[native.Plan, dict[str, Tensor]]:
+def build_plan(draft: Draft, placement: Placement) -> tuple[native.Plan, dict[str, Tensor]]:
     """The plan inside the engine, and the tensors it points to."""
     kept: dict[str, Tensor] = {}
     steps = [_native_step(i, step, placement, kept) for i, step in enumerate(draft.steps)]

@@ -45,7 +45,7 @@ class PixelSums {
 DECOUPLIFY_INLINE TileOutput output_of(const Convolution& conv, const ConvolutionCall& call, int filter) {
   const int64_t plane = filter * conv.out.plane + conv.out.origin;
   const bool adds = call.residual != nullptr && call.residual_live[filter];
-  return {nullptr, call.out + plane, adds ? call.residual + plane : nullptr, nullptr, conv.bias[filter]};
+  return {nullptr, nullptr, call.out + plane, adds ? call.residual + plane : nullptr, nullptr, conv.bias[filter]};
 }
 
 // The filters [first, first + n) of the call's list, which read the same channels.
@@ -77,6 +77,7 @@ struct DirectJob {
       const int filter = call.filters[first + i];
       TileOutput& o = to[i - n0] = output_of(conv, call, filter);
       o.weight = conv.weight + filter * weights_per_filter();
+      o.next_weight = conv.weight + call.filters[first + (i + n1 - n0) % n] * weights_per_filter();
       o.out += v0 * kLanes;
       if (o.residual != nullptr) o.residual += v0 * kLanes;
       o.partial_sum = sums.of(thread, first + i);

@@ -51,6 +51,7 @@ struct TileInput {
 // Where one filter's part of a tile goes.
 struct TileOutput {
   const float* weight;
+  const float* next_weight;  // of a filter of the next tile, which will be wanted soon
   float* out;
   const float* residual;  // or null
   float* partial_sum;     // one vector, or null
@@ -84,6 +85,14 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[n][v] = Vec{};
   }
+  // Outputs are rarely in the cache; with few channels the sums are done before a line has come.
+  if (TAPS == 1) {
+#pragma GCC unroll 8
+    for (int n = 0; n < NB; ++n) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) __builtin_prefetch((to[n].residual ? to[n].residual : to[n].out) + v * kLanes, 1);
+    }
+  }
   const int n_taps = TAPS > 0 ? TAPS : in.n_taps;
   for (int c = 0; c < in.n_channels; ++c) {
     const float* x0 = in.x + in.channel[c];
@@ -94,6 +103,8 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
 #pragma GCC unroll 8
       for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + ahead);
     }
+    // One row per channel: sixteen channels share a line, so each row has its turn.
+    if (TAPS == 1) __builtin_prefetch(to[c % NB].next_weight + column);
 #pragma GCC unroll 9
     for (int t = 0; t < n_taps; ++t) {
       const float* x = x0 + in.tap[t];

@@ -76,7 +76,7 @@ static void slide(const Window& window, const WindowCall& call, Scratch& scratch
       alignas(64) float partial[kLanes] = {};
       const WindowInput in{in_place ? plane : gathered, taps.offset, exists ? taps.n : 0,
                            is_depthwise ? window.weight + int64_t{channel} * taps.n : nullptr};
-      const TileOutput to{nullptr, call.out + channel * window.out.plane + window.out.origin, nullptr,
+      const TileOutput to{nullptr, nullptr, call.out + channel * window.out.plane + window.out.origin, nullptr,
                           call.sums == nullptr ? nullptr : partial, is_depthwise ? window.bias[channel] : 0.0f};
       slide_any(in, window, to);
       if (call.sums != nullptr) call.sums[channel] = sum(load(partial));

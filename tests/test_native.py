@@ -1,0 +1,159 @@
+"""The engine computes what torch does, whatever the shapes, the lists and the instruction set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from conftest import ROOT
+from decouplify.sparse import native
+from decouplify.sparse.drafts import Act, Sliding
+from decouplify.sparse.native import ActivationKind, Algorithm
+from native_steps import Case, convolutions, expected, found, windows
+
+pytestmark = pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence())
+
+INSTRUCTION_SETS = ("avx512", "avx2", "generic")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    chosen, engine = native.instruction_set(), native.engine()
+    assert engine is not None
+    if not engine.select(request.param.encode()):
+        pytest.skip(f"not compiled, or not for this CPU: {request.param}")
+    yield request.param
+    engine.select(chosen.encode())
+
+
+def tolerance(case: Case) -> float:
+    """Relative to the largest value that enters a sum; the larger Winograd tile loses more."""
+    per_product = 1e-5 if case.algorithm is Algorithm.WINOGRAD_4 else 2e-6
+    # Chebyshev fits of exponential and error function.
+    return per_product + (2e-6 if case.act.kind is not ActivationKind.CLAMP else 0.0)
+
+
+def assert_same(case: Case) -> None:
+    y, means = found(case)
+    wanted = expected(case)
+    scale = max(1.0, float(wanted.abs().max()), float(case.x.abs().max() * case.weight.abs().sum((1, 2, 3)).max()) / 8)
+    assert y.shape == wanted.shape
+    assert float((y - wanted).abs().max()) <= tolerance(case) * scale
+    assert float((means - wanted.mean((2, 3))).abs().max()) <= tolerance(case) * scale
+
+
+@given(case=convolutions())
+def test_convolutions_are_those_of_torch(case: Case) -> None:
+    assert_same(case)
+
+
+@given(case=windows())
+def test_windows_are_those_of_torch(case: Case) -> None:
+    assert_same(case)
+
+
+@settings(max_examples=15)
+@given(case=convolutions())
+@pytest.mark.parametrize("name", INSTRUCTION_SETS[1:])
+def test_convolutions_of_other_instruction_sets(name: str, case: Case) -> None:
+    chosen, engine = native.instruction_set(), native.engine()
+    assert engine is not None
+    if engine.select(name.encode()):
+        try:
+            assert_same(case)
+        finally:
+            engine.select(chosen.encode())
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("size", [(56, 56), (28, 28), (14, 14), (7, 7), (5, 17)])
+def test_every_algorithm_on_the_sizes_of_real_networks(
+    instruction_set: str, size: tuple[int, int], algorithm: Algorithm
+) -> None:
+    channels, filters = [c % 3 != 0 for c in range(40)], [f % 4 != 1 for f in range(50)]
+    residual = [f % 2 == 0 for f in range(50)]
+    sliding = Sliding((3, 3), padding=(1, 1))
+    assert_same(Case(size, sliding, channels, filters, act=Act(low=0.0), algorithm=algorithm, residual=residual))
+
+
+def test_threads_change_nothing() -> None:
+    cases = [
+        Case((28, 28), Sliding((3, 3), padding=(1, 1)), [True] * 32, [True] * 64, algorithm=algorithm, n_threads=n)
+        for algorithm in Algorithm
+        for n in (1, 2, 3)
+    ]
+    results = [found(case)[0] for case in cases]
+    for i in range(0, len(results), 3):
+        assert torch.equal(results[i], results[i + 1])
+        assert torch.equal(results[i], results[i + 2])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_undefined_and_infinite_pixels_reach_every_output_they_reach_in_torch(value: float) -> None:
+    for algorithm in Algorithm:
+        case = Case((14, 14), Sliding((3, 3), padding=(1, 1)), [True] * 4, [True] * 8, algorithm=algorithm)
+        case.x[0, 1, 7, 7] = value
+        y, wanted = found(case)[0], expected(case)
+        assert not y[~wanted.isfinite()].isfinite().any()
+        if algorithm is Algorithm.DIRECT:
+            assert torch.equal(y.isfinite(), wanted.isfinite())
+            assert torch.equal(y.isnan(), wanted.isnan())
+
+
+def test_activations_pass_undefined_values_on() -> None:
+    for act in (Act(low=0.0), Act(low=0.0, high=6.0), Act(ActivationKind.SILU), Act(ActivationKind.GELU)):
+        case = Case((4, 4), Sliding(), [True], [True], act=act)
+        case.x.fill_(torch.nan)
+        assert found(case)[0].isnan().all()
+
+
+def test_gates_of_the_wrong_size_are_refused_before_the_engine_sees_them() -> None:
+    plan = native.Plan([], [], [], [3])
+    workspace = native.Workspace(plan)
+    with pytest.raises(ValueError, match=r"gate 0: \(4,\) values given, \(3,\) wanted"):
+        workspace.set_gate(0, torch.ones(4))
+    workspace.set_gate(0, torch.tensor([0.0, 1.0, 0.5]))
+    assert workspace.gate(0).tolist() == [0.0, 1.0, 1.0]
+
+
+def test_winograd_weights_are_those_of_the_formula() -> None:
+    weight = torch.randn(5, 4, 3, 3)
+    g = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    wanted: Tensor = torch.einsum("ir,kcrs,js->kijc", g, weight.double(), g).reshape(5, 16, 4)
+    assert float((native.transform_weights(weight, 2) - wanted).abs().max()) < 1e-6
+
+
+@pytest.mark.slow
+def test_no_step_reads_or_writes_outside_its_memory(tmp_path: Path) -> None:
+    """The fuzz above under the address and undefined behaviour sanitizers."""
+    if shutil.which("cmake") is None or shutil.which("g++") is None:
+        pytest.skip("needs cmake and g++")
+    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DDECOUPLIFY_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++"]
+    for command in (configure, ["cmake", "--build", str(tmp_path), "--parallel", "2"]):
+        subprocess.run(command, check=True, capture_output=True)
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {
+        **os.environ,
+        "DECOUPLIFY_LIBRARY": str(tmp_path / "libdecouplify.so"),
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch hold on to much until the end
+        "HYPOTHESIS_PROFILE": "ci",
+    }
+    fuzz = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests/test_native.py")]
+    done = subprocess.run(
+        [*fuzz, "-m", "not slow"], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "passed" in done.stdout
