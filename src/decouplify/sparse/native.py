@@ -37,7 +37,7 @@ __all__ = [
     "transform_weights",
 ]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 #: Set to "reference" to run without the compiled engine, for instance to compare the two.
 BACKEND_VARIABLE = "DECOUPLIFY_BACKEND"
 #: Another file to load instead of the installed one, for instance one built with sanitizers.
@@ -59,6 +59,7 @@ class StepKind(IntEnum):
     LINEAR = 9
     CONTROL = 10
     MASK = 11
+    EXPAND = 12
 
 
 class WindowKind(IntEnum):

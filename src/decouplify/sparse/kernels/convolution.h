@@ -60,6 +60,8 @@ struct Kernels {
   const char* name;
   void (*convolve)(const Convolution&, const ConvolutionCall&, Scratch&);
   void (*slide)(const Window&, const WindowCall&, Scratch&);
+  // A 1x1 convolution and the depthwise one that alone reads it, with the same filters open in both.
+  void (*expand_and_slide)(const Convolution& expand, const Window&, const ConvolutionCall&, Scratch&);
   // Weights of F(tile x tile, 3 x 3), tile 2 or 4: (filters, channels, 3, 3) to (filters, (tile + 2)^2, channels).
   void (*transform)(int tile, const float* weight, int n_filters, int n_channels, float* to);
   // out = activation(a + b), where either may be null for zero. Returns the sum over the pixels.

@@ -13,7 +13,7 @@
 
 extern "C" {
 
-enum { kAbiVersion = 1 };
+enum { kAbiVersion = 2 };
 
 enum Status : int32_t { kDone = 0, kUndefinedGate = 1, kOutOfMemory = 2 };
 
@@ -42,6 +42,7 @@ enum StepKind : int32_t {
   kLinear,       // vector output <- activation(weight^T input + bias)
   kControl,      // gate <- controller of input: weight, bias, weight2, bias2
   kMask,         // output (in the same memory) <- input restricted to the open filters of gate
+  kExpand,       // output <- depthwise convolution of a 1x1 convolution of input: weight, bias; weight2, bias2
 };
 
 struct decouplify_step {

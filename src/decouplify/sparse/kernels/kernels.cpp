@@ -1,6 +1,7 @@
 // The kernels of one instruction set; CMakeLists.txt compiles this file once for each.
 #include "direct.h"
 #include "elementwise.h"
+#include "expand.h"
 #include "linear.h"
 #include "window.h"
 #include "winograd.h"
@@ -25,7 +26,7 @@ static void transform(int tile, const float* weight, int n_filters, int n_channe
 }
 
 const Kernels& kernels() {
-  static constexpr Kernels table{DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve,  slide,  transform,
+  static constexpr Kernels table{DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve,    slide,     expand_and_slide, transform,
                                  add_planes,                        scale_plane, sum_plane, linear};
   return table;
 }
