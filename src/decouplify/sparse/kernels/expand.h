@@ -8,7 +8,7 @@
 
 namespace decouplify::DECOUPLIFY_ISA {
 
-constexpr int64_t kBandFloats = 64 << 10;  // input and expanded rows of one band: a quarter of a megabyte
+constexpr int64_t kBandFloats = 256 << 10;  // input and expanded rows of one band: about a second-level cache
 
 // Rows [first, last) of the expanded map of a few filters, in memory of their own.
 class Band {
