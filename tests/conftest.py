@@ -1,6 +1,7 @@
 """What every test shares: seeds, threads, Hypothesis profiles and the data directory."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -30,6 +31,8 @@ def pytest_configure() -> None:
     hypothesis.settings.register_profile("ci", max_examples=50, deadline=None)
     hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+    # What the engine measures while tests run side by side must not decide about the user's networks later.
+    os.environ["DECOUPLIFY_CACHE"] = tempfile.mkdtemp(prefix="decouplify-cache-")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 

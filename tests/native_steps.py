@@ -109,8 +109,8 @@ def found(case: Case) -> tuple[Tensor, Tensor]:
     plan, kept = build_plan(draft, place(draft))
     step = draft.steps.index(next(s for s in draft.steps if s.kind is case.kind))
     transformed = None
-    if case.algorithm is not Algorithm.DIRECT:
-        transformed = native.transform_weights(case.weight, int(case.algorithm))
+    if case.algorithm.tile:
+        transformed = native.transform_weights(case.weight, case.algorithm.tile)
     plan.set_algorithm(step, case.algorithm, transformed)
     workspace = native.Workspace(plan)
     for gate, values in enumerate((case.channels, case.filters, case.residual)):
@@ -187,6 +187,7 @@ def convolutions(draw: Any) -> Case:
     is_winograd = groups == 1 and draw(st.booleans())
     sliding = Sliding((3, 3), padding=(1, 1)) if is_winograd else draw(slidings())
     assume(_is_valid(size, sliding))
+    ways = list(Algorithm) if is_winograd else [Algorithm.DIRECT, *([Algorithm.PACKED] if groups == 1 else [])]
     return Case(
         size=size,
         sliding=sliding,
@@ -194,7 +195,7 @@ def convolutions(draw: Any) -> Case:
         filters=draw(_lists(n_filters)),
         groups=groups,
         act=draw(st.sampled_from(list(ACTS))),
-        algorithm=draw(st.sampled_from(list(Algorithm))) if is_winograd else Algorithm.DIRECT,
+        algorithm=draw(st.sampled_from(ways)),
         residual=draw(st.none() | _lists(n_filters)),
         n_threads=draw(st.integers(1, 3)),
         seed=draw(st.integers(0, 1000)),

@@ -104,7 +104,7 @@ def test_undefined_and_infinite_pixels_reach_every_output_they_reach_in_torch(va
         case.x[0, 1, 7, 7] = value
         y, wanted = found(case)[0], expected(case)
         assert not y[~wanted.isfinite()].isfinite().any()
-        if algorithm is Algorithm.DIRECT:
+        if not algorithm.tile:
             assert torch.equal(y.isfinite(), wanted.isfinite())
             assert torch.equal(y.isnan(), wanted.isnan())
 
@@ -123,6 +123,16 @@ def test_gates_of_the_wrong_size_are_refused_before_the_engine_sees_them() -> No
         workspace.set_gate(0, torch.ones(4))
     workspace.set_gate(0, torch.tensor([0.0, 1.0, 0.5]))
     assert workspace.gate(0).tolist() == [0.0, 1.0, 1.0]
+
+
+def test_weights_that_winograd_cannot_transform_are_refused() -> None:
+    for weight, tile in (
+        (torch.ones(2, 2, 1, 1), 2),
+        (torch.ones(2, 2, 3, 3).double(), 2),
+        (torch.ones(2, 2, 3, 3), 1),
+    ):
+        with pytest.raises(ValueError, match=r"transform_weights: .* given; contiguous float32 weights"):
+            native.transform_weights(weight, tile)
 
 
 def test_winograd_weights_are_those_of_the_formula() -> None:

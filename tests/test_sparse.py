@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import decouplify
 from decouplify.errors import NonFiniteError, VerificationError
 from decouplify.losses import DecouplingLoss
-from decouplify.sparse import SparseModel, backend, count_executed_macs, native
+from decouplify.sparse import SparseModel, backend, count_executed_macs, native, tuning
 from decouplify.sparse.ops import Exists, SparseConv2d, SparseLinear
 from decouplify.sparse.verification import relative_error
 from toynets import N_CLASSES, SIZE, TOYS, leaves, random_gates, random_images, randomise_gates, run
@@ -198,7 +198,9 @@ def test_the_images_stay_as_they_are() -> None:
     assert torch.equal(images, random_images())
 
 
-def test_printing_names_backend_gates_and_operators() -> None:
+def test_printing_names_backend_gates_and_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, "")
+    monkeypatch.setattr(tuning, "_fastest", lambda program, step, ways: ways[0])
     model, _ = masked_and_sparse("SharedRelu")
     fast = decouplify.sparsify(model, mode="exact")
     assert repr(fast) == (
@@ -207,7 +209,10 @@ def test_printing_names_backend_gates_and_operators() -> None:
         "  gates: 2, filters: 16\n"
         "  sparse operators: 3 SparseConv2d, 1 SparseLinear\n"
     ) + (
-        "  engine: 9 steps in 1 calls\n  convolutions: 3 direct\n  run by torch: nothing"
+        "  engine: 9 steps in 1 calls\n"
+        "  convolutions: 3 direct\n"
+        "  controllers: 2 run, 0 gates always open\n"
+        "  run by torch: nothing"
         if native.engine()
         else "  as recorded: 1 add, 1 relu_, 1 mean"
     )

@@ -41,6 +41,9 @@ class Act:
 
 IDENTITY = Act()
 
+#: Floats of a packed copy of a layer's inputs, beyond which it costs more memory than it can save time.
+LARGEST_PACKED = 1 << 21
+
 
 @dataclass(eq=False)
 class Map:
@@ -124,20 +127,19 @@ class Step:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def can_use_winograd(self) -> bool:
-        """Whether this is a 3x3 convolution of stride 1 that keeps the size."""
-        if self.kind is not StepKind.CONVOLUTION or self.groups != 1:
-            return False
-        assert self.input is not None and self.output is not None
+    def algorithms(self) -> tuple[Algorithm, ...]:
+        """The ways this convolution can be computed; empty for any other step."""
+        if self.kind is not StepKind.CONVOLUTION:
+            return ()
+        assert self.input is not None and self.output is not None and self.output.size is not None
+        found = [Algorithm.DIRECT]
+        rows = self.input.channels * math.prod(self.sliding.kernel)
+        if self.groups == 1 and rows * math.prod(self.output.size) <= LARGEST_PACKED:
+            found.append(Algorithm.PACKED)
         same_size = self.input.size == self.output.size
-        return same_size and self.sliding == Sliding(kernel=(3, 3), padding=(1, 1))
-
-    @property
-    def in_place_on_other(self) -> bool:
-        """Whether the sum of a convolution replaces its other operand."""
-        if self.other is None or self.output is None:
-            return False
-        return self.other.storage() == self.output.storage()
+        if self.groups == 1 and same_size and self.sliding == Sliding(kernel=(3, 3), padding=(1, 1)):
+            found += [Algorithm.WINOGRAD_2, Algorithm.WINOGRAD_4]
+        return tuple(found)
 
 
 @dataclass(eq=False)
@@ -175,12 +177,14 @@ class Draft:
         gates: Filters of each gate, and the node that decides it.
         loads: For each slot that torch fills, the node whose value goes there.
         stores: For each slot that the engine fills, the node whose value comes from there, and its shape.
+        always_open: Controllers that need not run, because they open every filter whatever they see.
     """
 
     items: list[Item] = field(default_factory=list)
     gates: list[tuple[Node, int]] = field(default_factory=list)
     loads: dict[int, Node] = field(default_factory=dict)
     stores: dict[int, tuple[Node, tuple[int, ...]]] = field(default_factory=dict)
+    always_open: list[Node] = field(default_factory=list)
 
     @property
     def steps(self) -> list[Step]:

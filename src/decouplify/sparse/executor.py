@@ -107,11 +107,12 @@ class Program:
     def describe(self) -> list[str]:
         """How convolutions are computed and what torch runs, a line each."""
         algorithms = Counter(s.algorithm for s in self.steps if s.kind is StepKind.CONVOLUTION)
-        named = {Algorithm.DIRECT: "direct", Algorithm.WINOGRAD_2: "F(2,3)", Algorithm.WINOGRAD_4: "F(4,3)"}
+        named = dict(zip(Algorithm, ("direct", "packed", "F(2,3)", "F(4,3)"), strict=True))
         in_torch = Counter(name_of_call(self.module, i.node) for i in self.draft.items if isinstance(i, TorchCall))
         return [
             f"engine: {len(self.steps)} steps in {sum(isinstance(s, _Stretch) for s in self._stretches)} calls",
             "convolutions: " + (", ".join(f"{n} {named[a]}" for a, n in algorithms.most_common()) or "none"),
+            f"controllers: {len(self.draft.gates)} run, {len(self.draft.always_open)} gates always open",
             "run by torch: " + (", ".join(f"{n} {name}" for name, n in in_torch.most_common()) or "nothing"),
         ]
 
@@ -129,11 +130,11 @@ class Program:
                 self._idle.append(workspace)
 
     def set_algorithm(self, step: int, algorithm: Algorithm) -> None:
-        """Choose how a 3x3 convolution is computed; not while anything runs."""
+        """Choose how a convolution is computed, one of its ``algorithms``; not while anything runs."""
         chosen = self.steps[step]
         key = (chosen.name, algorithm)
-        if algorithm is not Algorithm.DIRECT and key not in self._transformed:
-            self._transformed[key] = native.transform_weights(chosen.weights["weight"], int(algorithm))
+        if algorithm.tile and key not in self._transformed:
+            self._transformed[key] = native.transform_weights(chosen.weights["weight"], algorithm.tile)
         self._plan.set_algorithm(step, algorithm, self._transformed.get(key))
         chosen.algorithm = algorithm
 

@@ -181,8 +181,7 @@ class SparseModel(nn.Module):
 
     def _compile(self, module: Any, fuse: bool) -> Program:
         program = Program(module, fuse, self._transformed)
-        if self.mode == "fast":
-            choose_algorithms(program)
+        choose_algorithms(program, exact=self.mode == "exact")
         return program
 
     def __repr__(self) -> str:

@@ -85,8 +85,14 @@ class Algorithm(IntEnum):
     """How a convolution is computed."""
 
     DIRECT = 0
+    PACKED = 1
     WINOGRAD_2 = 2
     WINOGRAD_4 = 4
+
+    @property
+    def tile(self) -> int:
+        """Pixels along a side of a Winograd tile, 0 for the others."""
+        return int(self) if self in (Algorithm.WINOGRAD_2, Algorithm.WINOGRAD_4) else 0
 
 
 class Status(IntEnum):
@@ -233,7 +239,16 @@ def transform_weights(weight: Tensor, tile: int) -> Tensor:
     Args:
         weight: Shape (filters, channels, 3, 3), float32, contiguous.
         tile: 2 or 4.
+
+    Raises:
+        ValueError: If either is something else.
     """
+    is_plain = weight.dtype == torch.float32 and weight.is_contiguous()
+    if tile not in (2, 4) or not is_plain or weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(
+            f"transform_weights: {tuple(weight.shape)} {weight.dtype} weights and tile {tile} given; contiguous "
+            "float32 weights (filters, channels, 3, 3) and tile 2 or 4 wanted"
+        )
     filters, channels = weight.shape[:2]
     n_points = (tile + 2) ** 2
     transformed = new_tensor(filters * n_points * channels)

@@ -118,10 +118,10 @@ class _Translation:
             slot = self.draft.n_slots
             self.draft.stores[slot] = (node, self.maps[node].shape)
             self.draft.items.append(Step(StepKind.STORE, node.name, node, input=self.maps[node], slot=slot))
-        elif node in self.gates:
+        elif self.gates.get(node, _ALWAYS_OPEN) != _ALWAYS_OPEN:
             self.draft.items.append(ReadGate(self.gates[node], node))
         else:
-            assert self._operator(node) is Exists
+            assert node in self.gates or self._operator(node) is Exists
             self._call_torch(node)
         self.in_torch.add(node)
 
@@ -143,9 +143,9 @@ class _Translation:
         return self.maps[node]
 
     def gate_of(self, node: Any) -> int:
-        """The index of a gate, given to the engine if torch decides it; -1 for no gate."""
+        """The index of a gate, given to the engine if torch decides it; -1 where everything is open."""
         if node is None:
-            return -1
+            return _ALWAYS_OPEN
         if node not in self.gates:
             self._add_gate(node, int(self._controller(node).fc2.out_features))
             self.draft.items.append(SetGate(self.gates[node], node))
@@ -180,6 +180,10 @@ class _Translation:
     def controller(self, node: Node) -> None:
         """pool, two linear layers, threshold."""
         controller = self._controller(node)
+        if self.fuse and _is_always_open(controller):
+            self.gates[node] = _ALWAYS_OPEN
+            self.draft.always_open.append(node)
+            return
         x = self.map_of(node.args[0]) if controller.input_axis == 1 else None
         if x is None:
             return
@@ -191,8 +195,11 @@ class _Translation:
         x = self.map_of(node.args[0])
         if x is None or self.modules[str(node.target)].axis != 1 or x.size is None:
             return None
+        gate = self.gate_of(node.args[1])
+        if gate == _ALWAYS_OPEN:
+            return x
         y = Map(x.shape, x.channels, x.size, _with_zero(x.bounds), base=x)
-        self.emit(StepKind.MASK, node, input=x, output=y, gate=self.gate_of(node.args[1]))
+        self.emit(StepKind.MASK, node, input=x, output=y, gate=gate)
         return y
 
     def convolution(self, node: Node) -> Map | None:
@@ -419,6 +426,9 @@ class _Translation:
         return y
 
 
+#: In place of the index of a gate.
+_ALWAYS_OPEN = -1
+
 #: Taps of one window that the engine takes (kMaxTaps in gather.h).
 MAX_TAPS = 256
 
@@ -491,6 +501,11 @@ _PLAIN = {
 
 def _pads_zeros(node: Node) -> bool:
     return aten.argument(node, "mode", "constant") == "constant" and not aten.argument(node, "value")
+
+
+def _is_always_open(controller: Any) -> bool:
+    """Whether a controller opens every filter whatever it sees, as a fresh one does."""
+    return not bool(controller.fc2.weight.any()) and bool((controller.fc2.bias > 0).all())
 
 
 def _controller_weights(controller: Any) -> dict[str, Tensor]:

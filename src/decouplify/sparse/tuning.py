@@ -1,4 +1,4 @@
-"""How each convolution of a program is computed: directly or by Winograd, whichever is faster on this CPU.
+"""How each convolution of a program is computed: directly, packed or by Winograd, whichever is fastest on this CPU.
 
 The answer depends on caches and memory as much as on arithmetic, so it is measured, once per shape and CPU: each way
 computes the layer a few times with half of its filters and channels, and the results are kept in a file.
@@ -31,15 +31,21 @@ _N_ROUNDS = 5
 _SECONDS_PER_WAY = 0.02
 
 
-def choose_algorithms(program: Program) -> None:
-    """Set the algorithm of every 3x3 convolution that Winograd could compute, by measuring those not yet known."""
+def choose_algorithms(program: Program, *, exact: bool) -> None:
+    """Set the algorithm of every convolution, by measuring those not yet known.
+
+    Args:
+        program: What to tune; nothing else may run it meanwhile.
+        exact: Whether Winograd, whose rounding differs, is forbidden.
+    """
     known = _read(cache_file())
     measured: dict[str, str] = {}
     for i, step in enumerate(program.steps):
-        if step.can_use_winograd:
-            key = _key(step)
+        ways = tuple(way for way in step.algorithms if exact <= (way.tile == 0))
+        if len(ways) > 1:
+            key = f"{_key(step)} {'exact' if exact else 'fast'}"
             if key not in known:
-                known[key] = measured[key] = _fastest(program, i).name
+                known[key] = measured[key] = _fastest(program, i, ways).name
             program.set_algorithm(i, Algorithm[known[key]])
     if measured:
         _write(cache_file(), measured)
@@ -48,8 +54,8 @@ def choose_algorithms(program: Program) -> None:
 def _key(step: Step) -> str:
     """What the choice depends on: the CPU, the threads, and the layer."""
     assert step.input is not None and step.output is not None and step.output.size is not None
-    height, width = step.output.size
-    layer = f"{step.input.channels}->{step.output.channels} {height}x{width}"
+    kernel, stride, size = (f"{a}x{b}" for a, b in (step.sliding.kernel, step.sliding.stride, step.output.size))
+    layer = f"{step.input.channels}->{step.output.channels} {kernel}/{stride} at {size}"
     halves = f"{'half' if step.reads_part else 'all'}->{'half' if step.gate >= 0 else 'all'}"
     return f"{_cpu()} {native.instruction_set()} {torch.get_num_threads()} threads: {layer} {halves}"
 
@@ -67,15 +73,15 @@ def _cpu() -> str:
     return " ".join(dict.fromkeys(identity)) or platform.machine()
 
 
-def _fastest(program: Program, i: int) -> Algorithm:
-    """The fastest way for one step, the minimum over a few rounds in which the ways take turns."""
-    best = dict.fromkeys(Algorithm, float("inf"))
+def _fastest(program: Program, i: int, ways: tuple[Algorithm, ...]) -> Algorithm:
+    """The fastest of some ways for one step, by the minimum over a few rounds in which the ways take turns."""
+    best = dict.fromkeys(ways, float("inf"))
     with program.prepared_for_timing(i) as run:
         for _ in range(_N_ROUNDS):
-            for algorithm in Algorithm:
+            for algorithm in ways:
                 program.set_algorithm(i, algorithm)
                 best[algorithm] = min(best[algorithm], _time(run))
-    for algorithm in Algorithm:
+    for algorithm in ways:
         program.drop_transformed(i, algorithm)
     return min(best, key=lambda algorithm: best[algorithm])
 

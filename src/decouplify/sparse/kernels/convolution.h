@@ -5,7 +5,7 @@
 
 namespace decouplify {
 
-enum class Algorithm : int32_t { kDirect = 0, kWinograd2 = 2, kWinograd4 = 4 };
+enum class Algorithm : int32_t { kDirect = 0, kPacked = 1, kWinograd2 = 2, kWinograd4 = 4 };
 
 struct Convolution {
   int32_t n_channels, n_filters, groups;

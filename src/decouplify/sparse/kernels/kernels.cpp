@@ -3,6 +3,7 @@
 #include "elementwise.h"
 #include "expand.h"
 #include "linear.h"
+#include "packed.h"
 #include "window.h"
 #include "winograd.h"
 
@@ -16,6 +17,7 @@ static void convolve(const Convolution& conv, const ConvolutionCall& call, Scrat
   switch (conv.algorithm) {
     case Algorithm::kWinograd2: return convolve_winograd<2>(conv, call, scratch);
     case Algorithm::kWinograd4: return convolve_winograd<4>(conv, call, scratch);
+    case Algorithm::kPacked: return convolve_packed(conv, call, scratch);
     case Algorithm::kDirect: return convolve_direct(conv, call, scratch);
   }
 }

@@ -104,7 +104,7 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
       for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + ahead);
     }
     // One row per channel: sixteen channels share a line, so each row has its turn.
-    if (TAPS == 1) __builtin_prefetch(to[c % NB].next_weight + column);
+    if (TAPS == 1) __builtin_prefetch(to[c % NB].next_weight + column, 0, 2);
 #pragma GCC unroll 9
     for (int t = 0; t < n_taps; ++t) {
       const float* x = x0 + in.tap[t];

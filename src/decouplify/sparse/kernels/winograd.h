@@ -8,6 +8,7 @@
 #pragma once
 
 #include "direct.h"
+#include "multiply.h"
 
 namespace decouplify::DECOUPLIFY_ISA {
 
@@ -73,53 +74,6 @@ struct Transform<4> {
     run[2] = zip_low(even1, odd1), run[3] = zip_high(even1, odd1);
   }
 };
-
-// products[filter][vector] = sum over channels of weight[filter][column[c]] * transformed[c][vector].
-template <int NB, int NV>
-static void multiply(const float* transformed, const int32_t* columns, int n_channels, const float* const* weights,
-                     float* products, int64_t stride) {
-  Vec acc[NB][NV];
-  const float* weight[NB];
-#pragma GCC unroll 8
-  for (int n = 0; n < NB; ++n) {
-    weight[n] = weights[n];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[n][v] = Vec{};
-  }
-  for (int c = 0; c < n_channels; ++c, transformed += NV * kLanes) {
-    const int64_t column = columns[c];
-    Vec value[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) value[v] = load(transformed + v * kLanes);
-#pragma GCC unroll 8
-    for (int n = 0; n < NB; ++n) {
-      const Vec w = splat(weight[n][column]);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int n = 0; n < NB; ++n) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(products + n * stride + v * kLanes, acc[n][v]);
-  }
-}
-
-using MultiplyFunction = void (*)(const float*, const int32_t*, int, const float* const*, float*, int64_t);
-
-template <int NB, int... V>
-static MultiplyFunction multiply_for(int n_vectors, std::integer_sequence<int, V...>) {
-  static constexpr MultiplyFunction functions[] = {multiply<NB, V + 1>...};
-  return functions[n_vectors - 1];
-}
-
-template <int... B>
-static MultiplyFunction multiply_for(int n_filters, int n_vectors, std::integer_sequence<int, B...>) {
-  using Choose = MultiplyFunction (*)(int);
-  using Vectors = std::make_integer_sequence<int, kTileVectors>;
-  static constexpr Choose functions[] = {[](int v) { return multiply_for<B + 1>(v, Vectors{}); }...};
-  return functions[n_filters - 1](n_vectors);
-}
 
 // One layer call. Tiles are taken in runs: kLanes consecutive pixels of M rows, which is kLanes / M tiles; M runs fill
 // the lanes of a vector with tiles. A block is a few such vectors, so that a weight serves more than one.
@@ -196,17 +150,16 @@ struct Winograd {
 
   // Filters [n0, n1) of the list on one block.
   void run_filters(const Block& block, int n0, int n1, int thread) const {
-    const int n = n1 - n0, n_groups = divide_up(n, kTileFilters);
+    const int n = n1 - n0, n_groups = divide_up(n, filters_at_once(block.n));
     const int64_t point = int64_t{block.n} * kLanes, filter = kPoints * point + 16;
     float* products = scratch.products[thread].reserve(filter * n);
     for (int e = 0; e < kPoints; ++e) {
       for (int g = 0; g < n_groups; ++g) {
         const int g0 = part(n, n_groups, g), g1 = part(n, n_groups, g + 1);
-        const float* weights[kTileFilters];
+        const float* weights[kMostFilters];
         for (int i = g0; i < g1; ++i) weights[i - g0] = weight_of(call.filters[n0 + i], e);
-        const auto run = multiply_for(g1 - g0, block.n, std::make_integer_sequence<int, kTileFilters>{});
-        run(block.transformed + e * block.point, call.channels, call.n_channels, weights,
-            products + g0 * filter + e * point, filter);
+        multiply_for<false>(g1 - g0, block.n)(block.transformed + e * block.point, call.channels, call.n_channels,
+                                              weights, nullptr, products + g0 * filter + e * point, filter);
       }
     }
     for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);

@@ -1,0 +1,72 @@
+// Sums over channels from packed operands: the inner loop of Winograd and of packed convolutions.
+#pragma once
+
+#include "tile.h"
+
+namespace decouplify::DECOUPLIFY_ISA {
+
+// Three vectors leave registers for more filters than a full tile has.
+constexpr int kMostFilters = kTileVectors == 4 ? 8 : kTileFilters;
+DECOUPLIFY_INLINE int filters_at_once(int n_vectors) { return n_vectors < 4 ? kMostFilters : kTileFilters; }
+
+// products[filter][vector] = sum over channels of weight[filter][column[c]] * x[c][vector].
+template <int NB, int NV, bool AHEAD>
+static void multiply(const float* x, const int32_t* columns, int n_channels, const float* const* weights,
+                     const float* const* next_weights, float* products, int64_t stride) {
+  Vec acc[NB][NV];
+  const float* weight[NB];
+#pragma GCC unroll 8
+  for (int n = 0; n < NB; ++n) {
+    weight[n] = weights[n];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[n][v] = Vec{};
+  }
+  for (int c = 0; c < n_channels; ++c, x += NV * kLanes) {
+    const int64_t column = columns[c];
+    // One row per channel: sixteen channels share a line, so each row has its turn.
+    if (AHEAD) __builtin_prefetch(next_weights[c % NB] + column, 0, 2);
+    Vec value[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
+#pragma GCC unroll 8
+    for (int n = 0; n < NB; ++n) {
+      const Vec w = splat(weight[n][column]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < NB; ++n) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(products + n * stride + v * kLanes, acc[n][v]);
+  }
+}
+
+using MultiplyFunction = void (*)(const float*, const int32_t*, int, const float* const*, const float* const*, float*,
+                                  int64_t);
+
+template <bool AHEAD, int NB, int... V>
+static MultiplyFunction multiply_for(int n_vectors, std::integer_sequence<int, V...>) {
+  static constexpr MultiplyFunction functions[] = {multiply<NB, V + 1, AHEAD>...};
+  return functions[n_vectors - 1];
+}
+
+template <bool AHEAD, int... B>
+static MultiplyFunction multiply_for(int n_filters, int n_vectors, std::integer_sequence<int, B...>) {
+  // More filters than a full tile has come with fewer vectors only.
+  using Full = std::make_integer_sequence<int, kTileVectors>;
+  using Fewer = std::make_integer_sequence<int, kTileVectors - 1>;
+  using Choose = MultiplyFunction (*)(int);
+  static constexpr Choose functions[] = {[](int v) {
+    return multiply_for<AHEAD, B + 1>(v, std::conditional_t<(B < kTileFilters), Full, Fewer>{});
+  }...};
+  return functions[n_filters - 1](n_vectors);
+}
+
+// For 1 <= n_filters <= filters_at_once(n_vectors). AHEAD: whether to fetch the rows of next_weights meanwhile.
+template <bool AHEAD>
+static MultiplyFunction multiply_for(int n_filters, int n_vectors) {
+  return multiply_for<AHEAD>(n_filters, n_vectors, std::make_integer_sequence<int, kMostFilters>{});
+}
+
+}  // namespace decouplify::DECOUPLIFY_ISA

@@ -1,0 +1,345 @@
+"""The engine as a whole: threads, batches, memory, fallbacks, and the choices it makes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.util
+import json
+import math
+import pickle
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import decouplify
+from conftest import ROOT
+from decouplify.sparse import SparseModel, backend, count_executed_macs, native, tuning
+from decouplify.sparse.drafts import ReadGate, SetGate, TorchCall
+from decouplify.sparse.native import Algorithm
+from decouplify.sparse.translate import obstacle
+from decouplify.sparse.verification import relative_error
+from toynets import (
+    SIZE,
+    TOYS,
+    leaves,
+    random_gates,
+    random_images,
+    randomise_gates,
+    randomise_statistics,
+    run,
+)
+
+needs_engine = pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence())
+
+
+def sparse(name: str, **options: Any) -> tuple[nn.Module, SparseModel]:
+    model = randomise_gates(TOYS[name].wrapped(verify=False, reduction=1)).eval()
+    return model, decouplify.sparsify(model, **options)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+# What runs where ------------------------------------------------------------------------------------------------------
+
+
+@needs_engine
+@pytest.mark.parametrize("name", ["Plain", "ParallelBranches", "Grouped", "NormBeforeAdd"])
+def test_common_networks_run_in_one_call_of_the_engine(name: str) -> None:
+    _, fast = sparse(name)
+    program = fast.program_for(SIZE)
+    assert program is not None
+    assert not [item for item in program.draft.items if isinstance(item, TorchCall | SetGate | ReadGate)]
+    assert "run by torch: nothing" in repr(fast)
+
+
+@needs_engine
+def test_what_the_engine_cannot_do_runs_in_torch_between_its_steps() -> None:
+    model, fast = sparse("LayerNormPermuted")
+    assert any(isinstance(item, TorchCall) for item in fast.program_for(SIZE).draft.items)  # type: ignore[union-attr]
+    assert "layer_norm" in repr(fast)
+    assert decouplify.verify(model, fast, random_images(2)).max_error <= 1e-5
+
+
+def test_the_reference_runs_where_there_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_load", lambda: (None, "libdecouplify.so was not built"))
+    model, fast = sparse("NormBeforeAdd")
+    assert backend() == (
+        "reference: pure torch (index_select and dense convolutions), because libdecouplify.so was not built"
+    )
+    assert fast.program_for(SIZE) is None
+    assert decouplify.verify(model, fast, random_images(2)).max_error <= 1e-5
+
+
+def test_other_precisions_run_in_the_reference() -> None:
+    model = randomise_gates(decouplify.wrap(TOYS["Plain"].build().double(), SIZE)).eval()
+    fast = decouplify.sparsify(model)
+    assert fast.program_for(SIZE) is None
+    if native.engine() is not None:
+        assert "because the weights are not float32" in repr(fast)
+
+
+class _ChangesWhatIsReadAgain(nn.Module):
+    """An in-place activation whose input another branch reads afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = y.view(y.shape)
+        torch.relu_(z)
+        return self.head((self.b(y) + self.c(z)).mean((2, 3)))
+
+
+@needs_engine
+def test_values_changed_under_a_reader_are_left_to_the_reference() -> None:
+    model = decouplify.wrap(_ChangesWhatIsReadAgain().eval(), SIZE, verify=False)
+    fast = decouplify.sparsify(model)
+    assert "changes a value that is read again" in obstacle(fast.lowered_for(SIZE).module)
+    images = random_images(2)
+    assert relative_error(run(fast, images)[0], run(model, images)[0]) <= 1e-5
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    model = TOYS["Plain"].wrapped()
+    with pytest.raises(ValueError, match=r"sparsify: mode='quick' given; one of 'fast', 'exact' wanted"):
+        decouplify.sparsify(model, mode="quick")  # type: ignore[arg-type]
+
+
+# Equal, whoever asks --------------------------------------------------------------------------------------------------
+
+
+@needs_engine
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("name", TOYS)
+def test_both_modes_agree_with_the_masked_form(name: str, mode: Any) -> None:
+    model, fast = sparse(name, mode=mode)
+    assert decouplify.verify(model, fast, random_images(2)).max_error <= (1e-5 if mode == "fast" else 4e-6)
+
+
+@needs_engine
+def test_exact_mode_never_uses_winograd() -> None:
+    _, fast = sparse("Plain", mode="exact")
+    assert not any(step.algorithm.tile for step in fast.program_for(SIZE).steps)  # type: ignore[union-attr]
+
+
+@needs_engine
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_every_algorithm_gives_the_same_network(algorithm: Algorithm) -> None:
+    model, fast = sparse("SharedRelu")
+    program = fast.program_for(SIZE)
+    assert program is not None
+    chosen = [i for i, step in enumerate(program.steps) if algorithm in step.algorithms]
+    for i in chosen:
+        program.set_algorithm(i, algorithm)
+    assert chosen
+    images = random_images(2)
+    assert relative_error(run(fast, images)[0], run(model, images)[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["Plain", "ParallelBranches"])
+def test_threads_and_batches_change_nothing(name: str) -> None:
+    _, fast = sparse(name)
+    images = random_images(5)
+    alone = torch.cat([leaves(fast(image[None]))[0] for image in images])
+    before = torch.get_num_threads()
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            assert torch.equal(leaves(fast(images))[0], alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_concurrent_calls_do_not_disturb_each_other() -> None:
+    _, fast = sparse("DepthwiseChain")
+    images = random_images(4)
+    expected = [run(fast, image[None])[0] for image in images]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        for _ in range(20):
+            if not torch.equal(run(fast, images[i : i + 1])[0], expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_path_leaves_nothing_behind_for_the_next_image() -> None:
+    model, fast = sparse("NormBeforeAdd")
+    image, other = random_images(2).unsqueeze(1)
+    first = run(fast, image)[0]
+    for factor in (0.0, 1.0):
+        forced = {name: torch.full_like(z, factor) for name, z in random_gates(model).items()}
+        fast.run_observed(other, lambda name, value: None, forced=forced)
+    fast(other)
+    assert torch.equal(run(fast, image)[0], first)
+
+
+def test_an_undefined_image_in_a_batch_stays_alone() -> None:
+    _, fast = sparse("Plain")
+    images = random_images(3)
+    expected = run(fast, images)[0]
+    images[1] = math.nan
+    found = run(fast, images)[0]
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+def test_images_in_any_memory_layout_give_the_same() -> None:
+    _, fast = sparse("Plain")
+    images = random_images(2)
+    expected = run(fast, images)[0]
+    assert torch.equal(run(fast, images.to(memory_format=torch.channels_last))[0], expected)
+    assert torch.equal(run(fast, images.transpose(2, 3).contiguous().transpose(2, 3))[0], expected)
+
+
+def test_copies_and_pickles_compute_the_same() -> None:
+    _, fast = sparse("DepthwiseChain")
+    images = random_images(2)
+    expected = run(fast, images)[0]
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(run(other, images)[0], expected)
+
+
+@needs_engine
+@pytest.mark.parametrize("name", ["Plain", "DepthwiseChain", "Grouped", "ParallelBranches", "NormBeforeAdd"])
+def test_the_engine_counts_the_work_of_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = sparse(name)
+    counted = []
+    for engine in (True, False):
+        if not engine:
+            monkeypatch.setattr(fast, "program_for", lambda size, fuse=True: None)
+        with count_executed_macs() as counts:
+            fast(random_images(3))
+        counted.append(sum(counts))
+    assert counted[0] == counted[1] > 0
+
+
+# Real networks --------------------------------------------------------------------------------------------------------
+
+NETWORKS = (
+    "resnet18", "vgg16_bn", "resnet50", "mobilenet_v2", "googlenet", "densenet121", "convnext_tiny", "efficientnet_b0",
+)  # fmt: skip
+
+
+@needs_engine
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.ci_sample), *NETWORKS[1:]])
+def test_real_networks_agree_with_their_masked_form(name: str) -> None:
+    models = pytest.importorskip("torchvision").models
+    options = {"init_weights": True} if name == "googlenet" else {}
+    model = models.get_model(name, weights=None, **options)
+    assert_forms_agree(model, (3, 96, 96), linear_as_conv=name == "convnext_tiny")
+
+
+@needs_engine
+@pytest.mark.parametrize("n_blocks", [3, 9])
+def test_residual_networks_for_small_images_agree_with_their_masked_form(n_blocks: int) -> None:
+    models = load_example("cifar_models")
+    assert_forms_agree(models.CifarResNet(n_blocks), (3, 32, 32))
+
+
+def load_example(name: str) -> ModuleType:
+    """A script of the examples directory as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_forms_agree(model: nn.Module, size: tuple[int, int, int], **options: Any) -> None:
+    randomise_statistics(model)
+    decouplify.wrap(model.eval(), size, verify=False, **options)
+    randomise_gates(model)
+    images = random_images(2, size)
+    for mode, error in (("fast", 1e-5), ("exact", 4e-6)):
+        fast = decouplify.sparsify(model, mode=mode)  # type: ignore[arg-type]
+        assert decouplify.verify(model, fast, images).max_error <= error
+        expected = run(model, images)[0]
+        assert relative_error(run(fast, images)[0], expected) <= error
+        assert torch.equal(run(fast, images)[0].argmax(1), expected.argmax(1))
+
+
+# Choices --------------------------------------------------------------------------------------------------------------
+
+
+@needs_engine
+def test_measured_choices_are_kept_and_used_again(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse("Plain")[1](random_images(1))
+    kept = json.loads((own_cache / "algorithms.json").read_text())
+    assert kept
+    assert set(kept.values()) <= set(Algorithm.__members__)
+    forced = dict.fromkeys(kept, "DIRECT")
+    (own_cache / "algorithms.json").write_text(json.dumps(forced))
+    monkeypatch.setattr(tuning, "_fastest", lambda *args: pytest.fail("measured again"))
+    _, fast = sparse("Plain")
+    assert {step.algorithm for step in fast.program_for(SIZE).steps} == {Algorithm.DIRECT}  # type: ignore[union-attr]
+
+
+@needs_engine
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', "{"])
+def test_a_broken_cache_is_measured_anew(own_cache: Path, content: str) -> None:
+    (own_cache / "algorithms.json").write_text(content)
+    _, fast = sparse("Plain")
+    fast(random_images(1))
+    assert (
+        "DIRECT" in (own_cache / "algorithms.json").read_text()
+        or "PACKED" in (own_cache / "algorithms.json").read_text()
+    )
+
+
+@needs_engine
+def test_controllers_that_open_everything_for_every_image_do_not_run() -> None:
+    model = TOYS["Plain"].wrapped().eval()  # a fresh controller is open whatever it sees
+    fast = decouplify.sparsify(model)
+    fast(random_images(1))
+    with count_executed_macs() as counts:
+        fast(random_images(1))
+    assert sum(counts) == model.decoupling.plan.n_macs
+    assert "2 gates always open" in repr(fast)
+    assert decouplify.verify(model, fast, random_images(2)).max_error <= 1e-5
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@needs_engine
+def test_memory_stays_flat() -> None:
+    _, fast = sparse("DepthwiseChain")
+    images = random_images(8)
+    for _ in range(20):
+        fast(images)
+    gc.collect()
+    before = resident_bytes()
+    for _ in range(250):
+        fast(images)
+    gc.collect()
+    assert resident_bytes() - before < 2 << 20
+
+
+def resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) << 10
