@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,24 +130,12 @@ def benchmark(
         return _Measuring(subject, name or type(model).__name__, protocol, Path(directory)).run()
 
 
-def _folder(folder: Path | None) -> tempfile.TemporaryDirectory[str] | _Kept:
+def _folder(folder: Path | None) -> AbstractContextManager[str]:
+    """The given directory, or one that is removed afterwards."""
     if folder is None:
         return tempfile.TemporaryDirectory()
     folder.mkdir(parents=True, exist_ok=True)
-    return _Kept(folder)
-
-
-class _Kept:
-    """A directory that stays."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> str:
-        return str(self.path)
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    return nullcontext(str(folder))
 
 
 @dataclass(frozen=True)
