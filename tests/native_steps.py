@@ -31,6 +31,15 @@ ACTS = {
 }
 
 
+#: Convolutions with stride 2 that Winograd can compute.
+STRIDED = tuple(
+    s
+    for kernel in (5, 6, 7)
+    for padding in range(4)
+    if (s := Sliding((kernel, kernel), (2, 2), (padding, padding))).has_four_taps_per_phase
+)
+
+
 @dataclass
 class Case:
     """One convolution or window with lists of filters and channels.
@@ -109,8 +118,8 @@ def found(case: Case) -> tuple[Tensor, Tensor]:
     plan, kept = build_plan(draft, place(draft))
     step = draft.steps.index(next(s for s in draft.steps if s.kind is case.kind))
     transformed = None
-    if case.algorithm.tile:
-        transformed = native.transform_weights(case.weight, case.algorithm.tile)
+    if case.algorithm.is_winograd:
+        transformed = native.transform_weights(case.weight, case.algorithm, case.sliding.padding[0])
     plan.set_algorithm(step, case.algorithm, transformed)
     workspace = native.Workspace(plan)
     for gate, values in enumerate((case.channels, case.filters, case.residual)):
@@ -184,10 +193,14 @@ def convolutions(draw: Any) -> Case:
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     n_channels, n_filters = groups * draw(st.integers(1, 12)), groups * draw(st.integers(1, 20))
     size = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    is_winograd = groups == 1 and draw(st.booleans())
-    sliding = Sliding((3, 3), padding=(1, 1)) if is_winograd else draw(slidings())
+    three = Sliding((3, 3), padding=(1, 1))
+    sliding = draw(st.sampled_from([three, *STRIDED]) | slidings())
     assume(_is_valid(size, sliding))
-    ways = list(Algorithm) if is_winograd else [Algorithm.DIRECT, *([Algorithm.PACKED] if groups == 1 else [])]
+    ways = [Algorithm.DIRECT]
+    if groups == 1:
+        ways.append(Algorithm.PACKED)
+        ways += [Algorithm.WINOGRAD_2, Algorithm.WINOGRAD_4] if sliding == three else []
+        ways += [Algorithm.WINOGRAD_STRIDED] if sliding.has_four_taps_per_phase else []
     return Case(
         size=size,
         sliding=sliding,

@@ -18,11 +18,13 @@ from conftest import ROOT
 from decouplify.sparse import native
 from decouplify.sparse.drafts import Act, Sliding
 from decouplify.sparse.native import ActivationKind, Algorithm
-from native_steps import Case, convolutions, expected, found, windows
+from native_steps import STRIDED, Case, convolutions, expected, found, windows
 
 pytestmark = pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence())
 
 INSTRUCTION_SETS = ("avx512", "avx2", "generic")
+#: All that compute a 3x3 convolution with stride 1.
+SAME_SIZE = tuple(a for a in Algorithm if a is not Algorithm.WINOGRAD_STRIDED)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -37,7 +39,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def tolerance(case: Case) -> float:
     """Relative to the largest value that enters a sum; the larger Winograd tile loses more."""
-    per_product = 1e-5 if case.algorithm is Algorithm.WINOGRAD_4 else 2e-6
+    per_product = 1e-5 if case.algorithm.is_winograd else 2e-6
     # Chebyshev fits of exponential and error function.
     return per_product + (2e-6 if case.act.kind is not ActivationKind.CLAMP else 0.0)
 
@@ -74,7 +76,7 @@ def test_convolutions_of_other_instruction_sets(name: str, case: Case) -> None:
             engine.select(chosen.encode())
 
 
-@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("algorithm", SAME_SIZE)
 @pytest.mark.parametrize("size", [(56, 56), (28, 28), (14, 14), (7, 7), (5, 17)])
 def test_every_algorithm_on_the_sizes_of_real_networks(
     instruction_set: str, size: tuple[int, int], algorithm: Algorithm
@@ -85,10 +87,17 @@ def test_every_algorithm_on_the_sizes_of_real_networks(
     assert_same(Case(size, sliding, channels, filters, act=Act(low=0.0), algorithm=algorithm, residual=residual))
 
 
+@pytest.mark.parametrize("sliding", STRIDED, ids=str)
+def test_strided_winograd(instruction_set: str, sliding: Sliding) -> None:
+    channels, filters = [True, False, True], [f % 4 != 1 for f in range(20)]
+    for size in ((64, 64), (33, 51)):
+        assert_same(Case(size, sliding, channels, filters, algorithm=Algorithm.WINOGRAD_STRIDED))
+
+
 def test_threads_change_nothing() -> None:
     cases = [
         Case((28, 28), Sliding((3, 3), padding=(1, 1)), [True] * 32, [True] * 64, algorithm=algorithm, n_threads=n)
-        for algorithm in Algorithm
+        for algorithm in SAME_SIZE
         for n in (1, 2, 3)
     ]
     results = [found(case)[0] for case in cases]
@@ -99,12 +108,12 @@ def test_threads_change_nothing() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_undefined_and_infinite_pixels_reach_every_output_they_reach_in_torch(value: float) -> None:
-    for algorithm in Algorithm:
+    for algorithm in SAME_SIZE:
         case = Case((14, 14), Sliding((3, 3), padding=(1, 1)), [True] * 4, [True] * 8, algorithm=algorithm)
         case.x[0, 1, 7, 7] = value
         y, wanted = found(case)[0], expected(case)
         assert not y[~wanted.isfinite()].isfinite().any()
-        if not algorithm.tile:
+        if not algorithm.is_winograd:
             assert torch.equal(y.isfinite(), wanted.isfinite())
             assert torch.equal(y.isnan(), wanted.isnan())
 
@@ -126,20 +135,21 @@ def test_gates_of_the_wrong_size_are_refused_before_the_engine_sees_them() -> No
 
 
 def test_weights_that_winograd_cannot_transform_are_refused() -> None:
-    for weight, tile in (
-        (torch.ones(2, 2, 1, 1), 2),
-        (torch.ones(2, 2, 3, 3).double(), 2),
-        (torch.ones(2, 2, 3, 3), 1),
+    for weight, algorithm in (
+        (torch.ones(2, 2, 1, 1), Algorithm.WINOGRAD_2),
+        (torch.ones(2, 2, 3, 3).double(), Algorithm.WINOGRAD_2),
+        (torch.ones(2, 2, 3, 3), Algorithm.PACKED),
+        (torch.ones(2, 2, 3, 3), Algorithm.WINOGRAD_STRIDED),
     ):
-        with pytest.raises(ValueError, match=r"transform_weights: .* given; contiguous float32 weights"):
-            native.transform_weights(weight, tile)
+        with pytest.raises(ValueError, match=r"transform_weights: .* weights given for .*; contiguous float32 weights"):
+            native.transform_weights(weight, algorithm)
 
 
 def test_winograd_weights_are_those_of_the_formula() -> None:
     weight = torch.randn(5, 4, 3, 3)
     g = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
     wanted: Tensor = torch.einsum("ir,kcrs,js->kijc", g, weight.double(), g).reshape(5, 16, 4)
-    assert float((native.transform_weights(weight, 2) - wanted).abs().max()) < 1e-6
+    assert float((native.transform_weights(weight, Algorithm.WINOGRAD_2) - wanted).abs().max()) < 1e-6
 
 
 @pytest.mark.slow

@@ -86,6 +86,13 @@ class Sliding:
         """How far the last tap lies beyond the output position, with stride 1."""
         return (self.kernel[axis] - 1) * self.dilation[axis] - self.padding[axis]
 
+    @property
+    def has_four_taps_per_phase(self) -> bool:
+        """Whether this is a square window of stride 2 of which each phase has four taps at most, and more than two."""
+        (kernel, columns), (padding, left) = self.kernel, self.padding
+        is_square = kernel == columns and padding == left and self.stride == (2, 2) and self.dilation == (1, 1)
+        return is_square and 5 <= kernel <= 7 and (kernel - 1 - padding) // 2 - (-padding // 2) == 3
+
     def border(self, same_size: bool) -> int:
         """Columns of zeros between rows of the output that the engine needs to run this (see gather.h)."""
         needed = 0
@@ -139,6 +146,8 @@ class Step:
         same_size = self.input.size == self.output.size
         if self.groups == 1 and same_size and self.sliding == Sliding(kernel=(3, 3), padding=(1, 1)):
             found += [Algorithm.WINOGRAD_2, Algorithm.WINOGRAD_4]
+        if self.groups == 1 and self.sliding.has_four_taps_per_phase:
+            found.append(Algorithm.WINOGRAD_STRIDED)
         return tuple(found)
 
 

@@ -107,7 +107,7 @@ class Program:
     def describe(self) -> list[str]:
         """How convolutions are computed and what torch runs, a line each."""
         algorithms = Counter(s.algorithm for s in self.steps if s.kind is StepKind.CONVOLUTION)
-        named = dict(zip(Algorithm, ("direct", "packed", "F(2,3)", "F(4,3)"), strict=True))
+        named = dict(zip(Algorithm, ("direct", "packed", "F(2,3)", "F(4,3)", "F(4,4)"), strict=True))
         in_torch = Counter(name_of_call(self.module, i.node) for i in self.draft.items if isinstance(i, TorchCall))
         return [
             f"engine: {len(self.steps)} steps in {sum(isinstance(s, _Stretch) for s in self._stretches)} calls",
@@ -133,8 +133,9 @@ class Program:
         """Choose how a convolution is computed, one of its ``algorithms``; not while anything runs."""
         chosen = self.steps[step]
         key = (chosen.name, algorithm)
-        if algorithm.tile and key not in self._transformed:
-            self._transformed[key] = native.transform_weights(chosen.weights["weight"], algorithm.tile)
+        if algorithm.is_winograd and key not in self._transformed:
+            padding = chosen.sliding.padding[0]
+            self._transformed[key] = native.transform_weights(chosen.weights["weight"], algorithm, padding)
         self._plan.set_algorithm(step, algorithm, self._transformed.get(key))
         chosen.algorithm = algorithm
 

@@ -88,11 +88,16 @@ class Algorithm(IntEnum):
     PACKED = 1
     WINOGRAD_2 = 2
     WINOGRAD_4 = 4
+    WINOGRAD_STRIDED = 5
 
     @property
-    def tile(self) -> int:
-        """Pixels along a side of a Winograd tile, 0 for the others."""
-        return int(self) if self in (Algorithm.WINOGRAD_2, Algorithm.WINOGRAD_4) else 0
+    def is_winograd(self) -> bool:
+        """Whether it works on transformed weights, and rounds otherwise than a plain sum."""
+        return self in _POINTS
+
+
+#: Points of the transform, times transformed weights per channel and point.
+_POINTS = {Algorithm.WINOGRAD_2: (16, 1), Algorithm.WINOGRAD_4: (36, 1), Algorithm.WINOGRAD_STRIDED: (49, 4)}
 
 
 class Status(IntEnum):
@@ -143,7 +148,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "select": (c_int32, [c_char_p]),
     "allocate": (c_void_p, [c_int64]),
     "release": (None, [c_void_p]),
-    "transform": (None, [c_int32, c_void_p, c_int32, c_int32, c_void_p]),
+    "transform": (None, [c_int32, c_void_p, c_int32, c_int32, c_int32, c_int32, c_void_p]),
     "plan_new": (
         c_void_p,
         [POINTER(Geometry), c_int32, POINTER(Value), c_int32, POINTER(Step), c_int32, POINTER(c_int32), c_int32],
@@ -233,27 +238,30 @@ def new_tensor(n: int) -> Tensor:
     return torch.frombuffer(array, dtype=torch.float32)
 
 
-def transform_weights(weight: Tensor, tile: int) -> Tensor:
-    """Winograd weights of F(tile x tile, 3 x 3), shape (filters, (tile + 2)^2, channels).
+def transform_weights(weight: Tensor, algorithm: Algorithm, padding: int = 1) -> Tensor:
+    """Weights as a Winograd algorithm reads them, shape (filters, points, channels), or 4 per channel if strided.
 
     Args:
-        weight: Shape (filters, channels, 3, 3), float32, contiguous.
-        tile: 2 or 4.
+        weight: Shape (filters, channels, k, k), float32, contiguous; k is 3, for WINOGRAD_STRIDED 5 to 7.
+        algorithm: One that is_winograd.
+        padding: Of the convolution; the strided form depends on it.
 
     Raises:
-        ValueError: If either is something else.
+        ValueError: If the weights are something else.
     """
-    is_plain = weight.dtype == torch.float32 and weight.is_contiguous()
-    if tile not in (2, 4) or not is_plain or weight.dim() != 4 or weight.shape[2:] != (3, 3):
+    wanted = (5, 6, 7) if algorithm is Algorithm.WINOGRAD_STRIDED else (3,)
+    is_plain = weight.dtype == torch.float32 and weight.is_contiguous() and weight.dim() == 4
+    if not algorithm.is_winograd or not is_plain or weight.shape[2] not in wanted or weight.shape[2] != weight.shape[3]:
         raise ValueError(
-            f"transform_weights: {tuple(weight.shape)} {weight.dtype} weights and tile {tile} given; contiguous "
-            "float32 weights (filters, channels, 3, 3) and tile 2 or 4 wanted"
+            f"transform_weights: {tuple(weight.shape)} {weight.dtype} weights given for {algorithm.name}; contiguous "
+            f"float32 weights (filters, channels, k, k) with k in {wanted} wanted"
         )
-    filters, channels = weight.shape[:2]
-    n_points = (tile + 2) ** 2
-    transformed = new_tensor(filters * n_points * channels)
-    _required().transform(tile, weight.data_ptr(), filters, channels, transformed.data_ptr())
-    return transformed.view(filters, n_points, channels)
+    filters, channels, kernel = weight.shape[:3]
+    n_points, per_channel = _POINTS[algorithm]
+    transformed = new_tensor(filters * n_points * channels * per_channel)
+    address = transformed.data_ptr()
+    _required().transform(int(algorithm), weight.data_ptr(), filters, channels, kernel, padding, address)
+    return transformed.view(filters, n_points, channels * per_channel)
 
 
 class Plan:

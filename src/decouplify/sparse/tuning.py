@@ -41,7 +41,7 @@ def choose_algorithms(program: Program, *, exact: bool) -> None:
     known = _read(cache_file())
     measured: dict[str, str] = {}
     for i, step in enumerate(program.steps):
-        ways = tuple(way for way in step.algorithms if exact <= (way.tile == 0))
+        ways = tuple(way for way in step.algorithms if not (exact and way.is_winograd))
         if len(ways) > 1:
             key = f"{_key(step)} {'exact' if exact else 'fast'}"
             if key not in known:

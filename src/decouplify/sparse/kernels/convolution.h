@@ -5,13 +5,13 @@
 
 namespace decouplify {
 
-enum class Algorithm : int32_t { kDirect = 0, kPacked = 1, kWinograd2 = 2, kWinograd4 = 4 };
+enum class Algorithm : int32_t { kDirect = 0, kPacked = 1, kWinograd2 = 2, kWinograd4 = 4, kWinogradStrided = 5 };
 
 struct Convolution {
   int32_t n_channels, n_filters, groups;
   int32_t kernel[2], stride[2], padding[2], dilation[2];  // rows, columns; padding above and to the left
   const float* weight;       // (filters, channels / groups, rows, columns)
-  const float* transformed;  // Winograd weights (filters, points, channels), or null
+  const float* transformed;  // Winograd weights, or null
   const float* bias;         // (filters)
   Activation activation;
   Algorithm algorithm;
@@ -62,8 +62,9 @@ struct Kernels {
   void (*slide)(const Window&, const WindowCall&, Scratch&);
   // A 1x1 convolution and the depthwise one that alone reads it, with the same filters open in both.
   void (*expand_and_slide)(const Convolution& expand, const Window&, const ConvolutionCall&, Scratch&);
-  // Weights of F(tile x tile, 3 x 3), tile 2 or 4: (filters, channels, 3, 3) to (filters, (tile + 2)^2, channels).
-  void (*transform)(int tile, const float* weight, int n_filters, int n_channels, float* to);
+  // Weights (filters, channels, kernel, kernel) for an algorithm: (filters, points, channels), for kWinogradStrided
+  // (filters, points, channels, 4). Does nothing for algorithms that need none.
+  void (*transform)(Algorithm, const float* weight, int n_filters, int n_channels, int kernel, int padding, float* to);
   // out = activation(a + b), where either may be null for zero. Returns the sum over the pixels.
   float (*add)(const float* a, const float* b, float* out, const Geometry&, Activation);
   // out = activation(a * scale + shift), where a may be null for zero. Returns the sum over the pixels.

@@ -459,8 +459,9 @@ float* decouplify_allocate(int64_t n_floats) try {
 
 void decouplify_release(float* data) { decouplify::release(data); }
 
-void decouplify_transform(int32_t tile, const float* weight, int32_t n_filters, int32_t n_channels, float* to) {
-  chosen->transform(tile, weight, n_filters, n_channels, to);
+void decouplify_transform(int32_t algorithm, const float* weight, int32_t n_filters, int32_t n_channels, int32_t kernel,
+                          int32_t padding, float* to) {
+  chosen->transform(static_cast<decouplify::Algorithm>(algorithm), weight, n_filters, n_channels, kernel, padding, to);
 }
 
 decouplify_plan* decouplify_plan_new(const decouplify_geometry* geometries, int32_t n_geometries,

@@ -67,7 +67,9 @@ DECOUPLIFY_API int32_t decouplify_select(const char* name);
 
 DECOUPLIFY_API float* decouplify_allocate(int64_t n_floats);
 DECOUPLIFY_API void decouplify_release(float* data);
-DECOUPLIFY_API void decouplify_transform(int32_t tile, const float* weight, int32_t n_filters, int32_t n_channels, float* to);
+// See decouplify::Kernels::transform.
+DECOUPLIFY_API void decouplify_transform(int32_t algorithm, const float* weight, int32_t n_filters, int32_t n_channels,
+                                         int32_t kernel, int32_t padding, float* to);
 
 DECOUPLIFY_API decouplify_plan* decouplify_plan_new(const decouplify_geometry* geometries, int32_t n_geometries,
                                      const decouplify_value* values, int32_t n_values, const decouplify_step* steps,

@@ -15,16 +15,24 @@ namespace decouplify::DECOUPLIFY_ISA {
 static void convolve(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
   if (call.n_filters == 0) return;
   switch (conv.algorithm) {
-    case Algorithm::kWinograd2: return convolve_winograd<2>(conv, call, scratch);
-    case Algorithm::kWinograd4: return convolve_winograd<4>(conv, call, scratch);
     case Algorithm::kPacked: return convolve_packed(conv, call, scratch);
+    case Algorithm::kWinograd2: return convolve_winograd<Transform2>(conv, call, scratch);
+    case Algorithm::kWinograd4: return convolve_winograd<Transform4>(conv, call, scratch);
+    case Algorithm::kWinogradStrided: return convolve_winograd_strided(conv, call, scratch);
     case Algorithm::kDirect: return convolve_direct(conv, call, scratch);
   }
 }
 
-static void transform(int tile, const float* weight, int n_filters, int n_channels, float* to) {
-  tile == 4 ? transform_weights<4>(weight, n_filters, n_channels, to)
-            : transform_weights<2>(weight, n_filters, n_channels, to);
+static void transform(Algorithm algorithm, const float* weight, int n_filters, int n_channels, int kernel, int padding,
+                      float* to) {
+  switch (algorithm) {
+    case Algorithm::kWinograd2: return transform_weights<Transform2>(weight, n_filters, n_channels, to);
+    case Algorithm::kWinograd4: return transform_weights<Transform4>(weight, n_filters, n_channels, to);
+    case Algorithm::kWinogradStrided:
+      return transform_strided_weights(weight, n_filters, n_channels, kernel, padding, to);
+    case Algorithm::kDirect:
+    case Algorithm::kPacked: break;
+  }
 }
 
 const Kernels& kernels() {

@@ -51,7 +51,10 @@ class Pool {
     }
     wake_.notify_all();
     loop.run(0);
-    while (n_running_.load(std::memory_order_acquire) > 0) relax();
+    for (int i = 0; n_running_.load(std::memory_order_acquire) > 0; ++i) {
+      // The worker may be waiting for this very core.
+      i < kSpins ? relax() : std::this_thread::yield();
+    }
     return true;
   }
 

@@ -1,4 +1,5 @@
-// Winograd convolution F(m x m, 3 x 3) with run-time lists of filters and channels (Lavin & Gray, 2016).
+// Winograd convolution with run-time lists of filters and channels (Lavin & Gray, 2016): F(m x m, 3 x 3) for stride 1, and
+// F(4 x 4, 4 x 4) on the four phases of a convolution with stride 2.
 //
 // An open filter is a run of rows of the transformed weights (filters, points, channels); an existing channel is one
 // index in the innermost loop. So selection happens after the transform, and nothing is packed.
@@ -12,12 +13,8 @@
 
 namespace decouplify::DECOUPLIFY_ISA {
 
-template <int M>
-struct Transform;
-
-template <>
-struct Transform<2> {
-  static constexpr int kPoints = 4;
+struct Transform2 {
+  static constexpr int kTile = 2, kTaps = 3, kPoints = 4;
   static constexpr double kFilter[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
 
   // Inputs 0..3 of each tile of a row: tiles are two pixels apart.
@@ -36,9 +33,22 @@ struct Transform<2> {
   }
 };
 
-template <>
-struct Transform<4> {
-  static constexpr int kPoints = 6;
+// Lanes of four vectors that hold consecutive pixels: first those of every fourth pixel, then those after, and so on.
+DECOUPLIFY_INLINE void split_by_four(const Vec (&p)[4], Vec& a, Vec& b, Vec& c, Vec& d) {
+  const Vec even0 = evens(p[0], p[1]), even1 = evens(p[2], p[3]), odd0 = odds(p[0], p[1]), odd1 = odds(p[2], p[3]);
+  a = evens(even0, even1), b = evens(odd0, odd1), c = odds(even0, even1), d = odds(odd0, odd1);
+}
+
+// The inverse.
+DECOUPLIFY_INLINE void join_four(const Vec (&y)[4], Vec (&run)[4]) {
+  const Vec even0 = zip_low(y[0], y[2]), even1 = zip_high(y[0], y[2]), odd0 = zip_low(y[1], y[3]),
+            odd1 = zip_high(y[1], y[3]);
+  run[0] = zip_low(even0, odd0), run[1] = zip_high(even0, odd0);
+  run[2] = zip_low(even1, odd1), run[3] = zip_high(even1, odd1);
+}
+
+struct Transform4 {
+  static constexpr int kTile = 4, kTaps = 3, kPoints = 6;
   static constexpr double kA = 0.625, kB = 1.5, kA2 = kA * kA, kB2 = kB * kB;
   static constexpr double kNa = 2 * kA2 * (kA2 - kB2), kNb = 2 * kB2 * (kB2 - kA2);
   static constexpr double kFilter[6][3] = {{1 / (kA2 * kB2), 0, 0},      {1 / kNa, kA / kNa, kA2 / kNa},
@@ -49,8 +59,7 @@ struct Transform<4> {
   DECOUPLIFY_INLINE void load_row(const float* const* x, int64_t offset, Vec (&d)[6]) {
     Vec p[4], q[4];
     for (int i = 0; i < 4; ++i) p[i] = load(x[i] + offset), q[i] = load(x[i] + offset + 4);
-    const Vec even0 = evens(p[0], p[1]), even1 = evens(p[2], p[3]), odd0 = odds(p[0], p[1]), odd1 = odds(p[2], p[3]);
-    d[0] = evens(even0, even1), d[1] = evens(odd0, odd1), d[2] = odds(even0, even1), d[3] = odds(odd0, odd1);
+    split_by_four(p, d[0], d[1], d[2], d[3]);
     d[4] = evens(evens(q[0], q[1]), evens(q[2], q[3])), d[5] = evens(odds(q[0], q[1]), odds(q[2], q[3]));
   }
   DECOUPLIFY_INLINE void input(const Vec (&d)[6], Vec (&t)[6]) {
@@ -67,24 +76,76 @@ struct Transform<4> {
     y[2] = sum_a * a2 + sum_b * b2;
     y[3] = difference_a * a3 + difference_b * b3 + m[5];
   }
-  DECOUPLIFY_INLINE void to_runs(const Vec (&y)[4], Vec (&run)[4]) {
-    const Vec even0 = zip_low(y[0], y[2]), even1 = zip_high(y[0], y[2]), odd0 = zip_low(y[1], y[3]),
-              odd1 = zip_high(y[1], y[3]);
-    run[0] = zip_low(even0, odd0), run[1] = zip_high(even0, odd0);
-    run[2] = zip_low(even1, odd1), run[3] = zip_high(even1, odd1);
+  DECOUPLIFY_INLINE void to_runs(const Vec (&y)[4], Vec (&run)[4]) { join_four(y, run); }
+};
+
+// F(4 x 4, 4 x 4) with the points +-3/8, +-7/8, +-3/2, infinity: pairs of opposite sign share their even and odd parts.
+struct Transform44 {
+  static constexpr int kTile = 4, kTaps = 4, kPoints = 7;
+  static constexpr double kPoint[3] = {0.375, 0.875, 1.5};
+
+  static constexpr double square(int i) { return kPoint[i % 3] * kPoint[i % 3]; }
+  // Of the two other pairs: sum and product of squares.
+  static constexpr double other_sum(int i) { return square(i + 1) + square(i + 2); }
+  static constexpr double other_product(int i) { return square(i + 1) * square(i + 2); }
+  static constexpr double filter(int row, int tap) {
+    if (row == 6) return tap == 3;
+    const int i = row / 2;
+    const double p = row % 2 == 0 ? kPoint[i] : -kPoint[i];
+    const double scale = 2 * p * (square(i) - square(i + 1)) * (square(i) - square(i + 2));
+    return (tap == 0 ? 1 : tap == 1 ? p : tap == 2 ? p * p : p * p * p) / scale;
   }
+
+  DECOUPLIFY_INLINE void load_row(const float* const* x, int64_t offset, Vec (&d)[7]) {
+    Vec p[4], q[4], unused;
+    for (int i = 0; i < 4; ++i) p[i] = load(x[i] + offset), q[i] = load(x[i] + offset + 4);
+    split_by_four(p, d[0], d[1], d[2], d[3]);
+    split_by_four(q, d[4], d[5], d[6], unused);
+  }
+  DECOUPLIFY_INLINE void input(const Vec (&d)[7], Vec (&t)[7]) {
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      const float s = other_sum(i), q = other_product(i), p = kPoint[i];
+      const Vec odd = d[5] - d[3] * s + d[1] * q, even = (d[4] - d[2] * s + d[0] * q) * p;
+      t[2 * i] = odd + even, t[2 * i + 1] = odd - even;
+    }
+    constexpr double kSum = square(0) + square(1) + square(2);
+    constexpr double kPairs = square(0) * square(1) + square(0) * square(2) + square(1) * square(2);
+    constexpr double kProduct = square(0) * square(1) * square(2);
+    t[6] = d[6] - d[4] * float(kSum) + d[2] * float(kPairs) - d[0] * float(kProduct);
+  }
+  DECOUPLIFY_INLINE void output(const Vec (&m)[7], Vec (&y)[4]) {
+    y[0] = y[1] = y[2] = Vec{}, y[3] = m[6];
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      const float p = kPoint[i], p2 = square(i), p3 = kPoint[i] * square(i);
+      const Vec sum = m[2 * i] + m[2 * i + 1], difference = m[2 * i] - m[2 * i + 1];
+      y[0] += sum, y[1] += difference * p, y[2] += sum * p2, y[3] += difference * p3;
+    }
+  }
+  DECOUPLIFY_INLINE void to_runs(const Vec (&y)[4], Vec (&run)[4]) { join_four(y, run); }
+};
+
+// The planes that are transformed, and the column of each among the transformed weights of a filter.
+struct Sources {
+  const float** plane;  // first input of the first tile
+  int32_t* column;
+  int n;
+  int64_t row;    // floats from one row to the next
+  int n_columns;  // transformed weights per filter and point
 };
 
 // One layer call. Tiles are taken in runs: kLanes consecutive pixels of M rows, which is kLanes / M tiles; M runs fill
 // the lanes of a vector with tiles. A block is a few such vectors, so that a weight serves more than one.
-template <int M>
+template <class T>
 struct Winograd {
-  using T = Transform<M>;
+  static constexpr int M = T::kTile;
   static constexpr int kPoints = T::kPoints * T::kPoints;
   static constexpr int kFiltersAtOnce = 4 * kTileFilters;  // their products stay in the second-level cache
 
   const Convolution& conv;
   const ConvolutionCall& call;
+  const Sources& sources;
   const PixelSums& sums;
   Scratch& scratch;
 
@@ -113,17 +174,17 @@ struct Winograd {
   Block block_at(int i, Buffer& buffer) const {
     const int first = part(n_vectors(), n_blocks(), i), n = part(n_vectors(), n_blocks(), i + 1) - first;
     // Points a power of two apart would share cache sets.
-    const int64_t point = int64_t{call.n_channels} * n * kLanes + 16;
+    const int64_t point = int64_t{sources.n} * n * kLanes + 16;
     return {first, n, point, buffer.reserve(point * kPoints)};
   }
 
   void transform_input(const Block& block, int c) const {
-    const float* plane = call.in + call.channels[c] * conv.in.plane + conv.in.origin - conv.in.row - 1;
+    const float* plane = sources.plane[c];
     for (int v = 0; v < block.n; ++v) {
       const float* x[M];
       for (int i = 0; i < M; ++i) {
         const Run run = run_at(block.first + v, i);
-        x[i] = plane + int64_t{run.y} * conv.in.row + run.x;
+        x[i] = plane + int64_t{run.y} * sources.row + run.x;
       }
       transform_tiles(x, block.transformed + (int64_t{c} * block.n + v) * kLanes, block.point);
     }
@@ -134,7 +195,7 @@ struct Winograd {
 #pragma GCC unroll 8
     for (int i = 0; i < T::kPoints; ++i) {
       Vec d[T::kPoints];
-      T::load_row(x, int64_t{i} * conv.in.row, d);
+      T::load_row(x, int64_t{i} * sources.row, d);
       T::input(d, rows[i]);
     }
 #pragma GCC unroll 8
@@ -158,15 +219,15 @@ struct Winograd {
         const int g0 = part(n, n_groups, g), g1 = part(n, n_groups, g + 1);
         const float* weights[kMostFilters];
         for (int i = g0; i < g1; ++i) weights[i - g0] = weight_of(call.filters[n0 + i], e);
-        multiply_for<false>(g1 - g0, block.n)(block.transformed + e * block.point, call.channels, call.n_channels,
-                                              weights, nullptr, products + g0 * filter + e * point, filter);
+        multiply_for<false>(g1 - g0, block.n)(block.transformed + e * block.point, sources.column, sources.n, weights,
+                                              nullptr, products + g0 * filter + e * point, filter);
       }
     }
     for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);
   }
 
   const float* weight_of(int filter, int point) const {
-    return conv.transformed + (int64_t{filter} * kPoints + point) * conv.n_channels;
+    return conv.transformed + (int64_t{filter} * kPoints + point) * sources.n_columns;
   }
 
   void finish_filter(const Block& block, int i, const float* products, int thread) const {
@@ -216,7 +277,7 @@ struct Winograd {
     parallel(call.n_threads, n_blocks(), [&](int begin, int end, int thread) {
       for (int i = begin; i < end; ++i) {
         const Block block = block_at(i, scratch.transformed[thread]);
-        for (int c = 0; c < call.n_channels; ++c) transform_input(block, c);
+        for (int c = 0; c < sources.n; ++c) transform_input(block, c);
         for (int f = 0; f < n_filter_blocks(); ++f) run_filter_block(block, f, thread);
       }
     });
@@ -226,7 +287,7 @@ struct Winograd {
   void run_by_filter() const {
     for (int i = 0; i < n_blocks(); ++i) {
       const Block block = block_at(i, scratch.transformed[0]);
-      parallel(call.n_threads, call.n_channels, [&](int begin, int end, int) {
+      parallel(call.n_threads, sources.n, [&](int begin, int end, int) {
         for (int c = begin; c < end; ++c) transform_input(block, c);
       });
       parallel(call.n_threads, n_filter_blocks(), [&](int begin, int end, int thread) {
@@ -243,32 +304,99 @@ struct Winograd {
   void run() const { call.n_threads == 1 || n_blocks() >= 2 * call.n_threads ? run_by_block() : run_by_filter(); }
 };
 
-template <int M>
+DECOUPLIFY_INLINE Sources new_sources(int n, Scratch& scratch) {
+  auto* planes = reinterpret_cast<const float**>(scratch.lists.reserve(size_t(n) * 3));  // 8 + 4 bytes each
+  return {planes, reinterpret_cast<int32_t*>(planes + n), n, 0, 0};
+}
+
+template <class T>
 static void convolve_winograd(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
+  Sources sources = new_sources(call.n_channels, scratch);
+  sources.row = conv.in.row, sources.n_columns = conv.n_channels;
+  for (int i = 0; i < call.n_channels; ++i) {
+    sources.plane[i] = call.in + call.channels[i] * conv.in.plane + conv.in.origin - conv.in.row - 1;
+    sources.column[i] = call.channels[i];
+  }
   const PixelSums sums(call, scratch);
-  Winograd<M>{conv, call, sums, scratch}.run();
+  Winograd<T>{conv, call, sources, sums, scratch}.run();
   sums.finish();
 }
 
-// Weights (filters, channels, 3, 3) to (filters, points, channels), in double precision in between.
-template <int M>
+// Stride 2: every phase of a channel is a source, and the sum over taps a sum over phases and up to 4 x 4 taps of each.
+static void convolve_winograd_strided(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
+  Taps taps = taps_of(conv);
+  Geometry out = conv.out;
+  out.height = divide_up(out.height, 4) * 4;  // tiles read as far, and what they read must be finite
+  place_in_phases(taps, out);
+  float* gathered = scratch.gathered.reserve(taps.channel() * call.n_channels + 8 * out.row + 4 * kLanes);
+  parallel(call.n_threads, call.n_channels, [&](int begin, int end, int) {
+    for (int i = begin; i < end; ++i) {
+      const float* plane = call.in + call.channels[i] * conv.in.plane + conv.in.origin;
+      gather_channel(plane, taps, conv.in, out, gathered + i * taps.channel(), 0.0f);
+    }
+  });
+  Sources sources = new_sources(call.n_channels * 4, scratch);
+  sources.row = out.row, sources.n_columns = conv.n_channels * 4;
+  for (int i = 0; i < sources.n; ++i) {
+    sources.plane[i] = gathered + i * taps.plane;
+    sources.column[i] = call.channels[i / 4] * 4 + i % 4;
+  }
+  const PixelSums sums(call, scratch);
+  Winograd<Transform44>{conv, call, sources, sums, scratch}.run();
+  sums.finish();
+}
+
+// to[point * stride] = the transform of one filter plane, in double precision.
+template <class T, class Filter>
+DECOUPLIFY_INLINE void transform_filter(const double (&w)[T::kTaps][T::kTaps], Filter&& filter, float* to,
+                                        int64_t stride) {
+  constexpr int n = T::kPoints, m = T::kTaps;
+  double rows[n][m] = {};
+  for (int i = 0; i < n; ++i) {
+    for (int x = 0; x < m; ++x) {
+      for (int y = 0; y < m; ++y) rows[i][x] += filter(i, y) * w[y][x];
+    }
+  }
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < n; ++j) {
+      double u = 0;
+      for (int x = 0; x < m; ++x) u += rows[i][x] * filter(j, x);
+      to[(i * n + j) * stride] = static_cast<float>(u);
+    }
+  }
+}
+
+// Weights (filters, channels, 3, 3) to (filters, points, channels).
+template <class T>
 static void transform_weights(const float* weight, int n_filters, int n_channels, float* to) {
-  using T = Transform<M>;
-  constexpr int n = T::kPoints;
+  constexpr int kPoints = T::kPoints * T::kPoints;
+  const auto filter = [](int row, int tap) { return T::kFilter[row][tap]; };
   for (int64_t f = 0; f < n_filters; ++f) {
-    for (int64_t c = 0; c < n_channels; ++c) {
-      const float* w = weight + (f * n_channels + c) * 9;
-      double rows[n][3];
-      for (int i = 0; i < n; ++i) {
-        for (int x = 0; x < 3; ++x) {
-          rows[i][x] = T::kFilter[i][0] * w[x] + T::kFilter[i][1] * w[3 + x] + T::kFilter[i][2] * w[6 + x];
+    for (int64_t c = 0; c < n_channels; ++c, weight += 9) {
+      double w[3][3];
+      for (int i = 0; i < 9; ++i) w[i / 3][i % 3] = weight[i];
+      transform_filter<T>(w, filter, to + f * kPoints * n_channels + c, n_channels);
+    }
+  }
+}
+
+// Weights (filters, channels, kernel, kernel) of stride 2 to (filters, points, channels, phases).
+static void transform_strided_weights(const float* weight, int n_filters, int n_channels, int kernel, int padding,
+                                      float* to) {
+  constexpr int kPoints = Transform44::kPoints * Transform44::kPoints;
+  const Axis axis{2, kernel, 1, padding};
+  const auto filter = [](int row, int tap) { return Transform44::filter(row, tap); };
+  for (int64_t f = 0; f < n_filters; ++f) {
+    for (int64_t c = 0; c < n_channels; ++c, weight += kernel * kernel) {
+      double w[4][4][4] = {};
+      for (int y = 0; y < kernel; ++y) {
+        for (int x = 0; x < kernel; ++x) {
+          double(&phase)[4][4] = w[axis.phase(y) * 2 + axis.phase(x)];
+          phase[axis.shift(y) - axis.first()][axis.shift(x) - axis.first()] = weight[y * kernel + x];
         }
       }
-      for (int i = 0; i < n; ++i) {
-        for (int j = 0; j < n; ++j) {
-          const double u = rows[i][0] * T::kFilter[j][0] + rows[i][1] * T::kFilter[j][1] + rows[i][2] * T::kFilter[j][2];
-          to[(f * n * n + i * n + j) * n_channels + c] = static_cast<float>(u);
-        }
+      for (int p = 0; p < 4; ++p) {
+        transform_filter<Transform44>(w[p], filter, to + f * kPoints * n_channels * 4 + c * 4 + p, n_channels * 4);
       }
     }
   }
