@@ -147,8 +147,8 @@ class Inverted(Classifier):
 
     def body(self, x: Tensor) -> Tensor:
         y = self.expand(x)
-        extra = 0 if self.other is None else self.other(y)
-        return x + self.project(self.depthwise(y)) + extra
+        x = x + self.project(self.depthwise(y))
+        return x if self.other is None else x + self.other(y)
 
 
 @pytest.mark.parametrize("spy", [False, True])

@@ -29,10 +29,11 @@ def counted(run: Trace) -> int:
     return sum(n_macs(node) for node in nodes)
 
 
-def every_other(classes: ChannelClasses) -> set[int]:
-    """Every second class that may leave, while each layer keeps at least one filter."""
+def any_half(classes: ChannelClasses) -> set[int]:
+    """About half of the classes that may leave, while each layer keeps at least one filter."""
     free = sorted({classes.find(c) for layer in classes.layers for c in layer.outputs.ids} - {0})
-    removed = set(free[::2])
+    coins = torch.rand(len(free), generator=torch.Generator().manual_seed(1)).tolist()
+    removed = {c for c, coin in zip(free, coins, strict=True) if coin < 0.5}
     for layer in classes.layers:
         if not classes.kept(layer.outputs, removed):
             removed.discard(classes.find(layer.outputs.ids[0]))
@@ -49,7 +50,7 @@ def test_channels_that_nobody_reads_can_leave(name: str) -> None:
     image = random_images(1)
     _, silenced = recorded(name)
     classes = ChannelClasses(silenced)
-    removed = every_other(classes)
+    removed = any_half(classes)
     for cut in classes.slices:  # the oracle: the same channels are there, and every weight that reads them is zero
         if cut.dim == 1:
             dead = torch.tensor([classes.find(c) in removed for c in cut.ids])
@@ -67,7 +68,7 @@ def test_the_cost_is_known_before_anything_is_removed(name: str) -> None:
     _, run = recorded(name)
     classes = ChannelClasses(run)
     assert classes.n_macs(set()) == counted(run)
-    removed = every_other(classes)
+    removed = any_half(classes)
     predicted = classes.n_macs(removed)
     assert counted(narrow(classes, removed)) == predicted
 
