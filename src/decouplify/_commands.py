@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from typer.core import TyperGroup
 
 import decouplify
+from decouplify.bench import RUNTIMES, Gates, Protocol, benchmark, calibrate_norms, random_images
 from decouplify.checkpoint import read_record
 from decouplify.concepts import Broden, MaskFolder, Scaled, interpretability, load_broden, load_voc
 from decouplify.data import ImageSet, Normalise, load_images
@@ -37,6 +38,7 @@ from decouplify.registry import build_model, model_kwargs, rebuild_model
 from decouplify.reporting import Fact, headline_facts, study, write_page
 from decouplify.score import score
 from decouplify.sparse import backend
+from decouplify.trace import default_input_size
 from decouplify.train import DecouplingRecipe, Recipe, decouple, evaluate, train_dense
 
 __all__ = ["app"]
@@ -457,6 +459,68 @@ def _read_concepts(data: Path, transform: Scaled) -> Broden | MaskFolder:
     raise FileNotFoundError(
         f"{data} has neither index.csv (BRODEN, such as broden1_224) nor ImageSets/ (PASCAL VOC, such as VOC2012)"
     )
+# bench ----------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, or a checkpoint.", show_default=False)
+    ],
+    keep: Annotated[float | None, typer.Option(help="Random gates: the probability of each to be open.")] = None,
+    mac_reduction: Annotated[float | None, typer.Option(help="Random gates that save this factor of MACs.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Gate these only; may be repeated.")] = None,
+    linear_as_conv: _Linear = False,
+    data: Annotated[str | None, typer.Option(help="Images to run a checkpoint on, as for record.")] = None,
+    input_size: Annotated[str | None, typer.Option(metavar="C,H,W", help="Size of one image.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every runtime.")] = 1,
+    cores: Annotated[str | None, typer.Option(metavar="I,J", help="Cores to stay on, one per thread.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    rounds: Annotated[int, typer.Option(min=3, help="How often each contender runs.")] = Protocol.rounds,
+    seconds: Annotated[float, typer.Option(help="Start no round after this time.")] = Protocol.seconds,
+    runtime: Annotated[
+        list[str] | None, typer.Option(help=f"Dense runtimes, of {', '.join(RUNTIMES)}; all by default.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Time a network with gates against the fastest dense runtimes on this CPU.
+
+    A network of a registry has random weights, and without --keep or --mac-reduction gates that are all open.
+    """
+    gates = Gates(keep, mac_reduction, tuple(only or ()), linear_as_conv)
+    pinned = None if cores is None else _parse_cores(cores)
+    protocol = Protocol(threads, pinned, batch, rounds, seconds, tuple(runtime or RUNTIMES))
+    if Path(model).is_file():
+        if not gates.are_open:
+            raise ValueError(f"{model} has gates of its own; --keep and --mac-reduction are for networks without")
+        network, images = _trained_network(Path(model), data)
+        size = None
+    else:
+        network, images = build_model(model).eval(), None
+        size = default_input_size(network) if input_size is None else _parse_size(input_size)
+        calibrate_norms(network, random_images(8, size))
+    result = benchmark(network, images, name=model, input_size=size, gates=gates, protocol=protocol)
+    if as_json:
+        _emit(result.to_dict())
+        return
+    _print(str(result))
+
+
+def _parse_cores(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--cores {text}: wanted numbers of cores, for instance 0,1") from None
+
+
+def _trained_network(checkpoint: Path, data: str | None) -> tuple[nn.Module, Tensor]:
+    if data is None:
+        raise ValueError(f"{checkpoint}: its gates depend on the images; give some with --data")
+    opened = _open(checkpoint, data, torch.device("cpu"))
+    return opened.model, opened.images.tensors("test")[0][:_N_TIMED]
+
+
+# what record, report and bench share ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

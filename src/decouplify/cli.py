@@ -1,4 +1,4 @@
-"""The entry point of the command line: ``decouplify inspect | train | record | report | concepts``."""
+"""The entry point of the command line: ``decouplify inspect | train | evaluate | record | report | ...``."""
 
 from __future__ import annotations
 

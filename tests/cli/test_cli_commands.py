@@ -294,3 +294,28 @@ def test_report_does_not_compare_with_an_accuracy_on_other_images(run, trained, 
 def test_report_answers_a_mistake_with_one_line(run, trained, tmp_path):
     result = run("report", trained.checkpoint, "--data", trained.data, "--out", tmp_path / "no" / "x.html", exit_code=2)
     assert error_line(result).startswith("error: report: there is no directory")
+
+
+# bench
+
+
+def test_bench_times_a_network_of_a_registry(run):
+    options = ("--input-size", "3,32,32", "--keep", 0.5, "--rounds", 3, "--runtime", "eager", "--json")
+    printed = json.loads(run("bench", SPEC, *options).stdout)
+    assert printed["model"] == SPEC
+    assert printed["mac_reduction"] > 1
+    assert [t["name"] for t in printed["timings"]][:2] == ["eager", "decouplify"]
+
+
+def test_bench_times_a_checkpoint_with_its_own_gates(run, trained):
+    options = ("--data", trained.data, "--rounds", 3, "--runtime", "eager")
+    text = run("bench", trained.checkpoint, *options).stdout
+    assert "of the model's own controllers" in text
+    assert "the speed of eager" in text
+
+
+def test_bench_refuses_what_does_not_fit(run, trained):
+    assert "give some with --data" in run("bench", trained.checkpoint, exit_code=2).stderr
+    result = run("bench", trained.checkpoint, "--data", trained.data, "--keep", 0.5, exit_code=2)
+    assert "has gates of its own" in result.stderr
+    assert "wanted numbers of cores" in run("bench", SPEC, "--cores", "a", exit_code=2).stderr

@@ -108,7 +108,7 @@ def _borders(steps: list[Step]) -> dict[tuple[int, int], int]:
         for m in _maps_of(step):
             if m.size is not None:
                 borders[m.size] += 0
-        if step.kind in (StepKind.CONVOLUTION, StepKind.WINDOW):
+        if step.kind in (StepKind.CONVOLUTION, StepKind.WINDOW, StepKind.EXPAND):
             assert step.input is not None and step.output is not None and step.output.size is not None
             # A maximum never reads in place: outside the image it needs minus infinity, not zero.
             is_maximum = step.kind is StepKind.WINDOW and step.window is WindowKind.MAX

@@ -13,10 +13,12 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from decouplify.decoupling import Decoupling, decoupling_of
+from decouplify.paths import PathSet
 from decouplify.sparse import native
 from decouplify.sparse.executor import Program, UndefinedGateError
 from decouplify.sparse.lower import Lowered, lower
 from decouplify.sparse.ops import SparseConv2d, SparseLinear, count
+from decouplify.sparse.static import Assumptions, Habits, lower_statically
 from decouplify.sparse.translate import obstacle
 from decouplify.sparse.tuning import choose_algorithms
 from decouplify.surgery import record_and_match, unwrap
@@ -37,7 +39,7 @@ def backend() -> str:
     return f"native: compiled engine for {native.instruction_set()}"
 
 
-def sparsify(model: nn.Module, *, mode: Mode = "fast") -> SparseModel:
+def sparsify(model: nn.Module, *, mode: Mode = "fast", paths: PathSet | None = None) -> SparseModel:
     """A copy of a wrapped model that computes, for each image, only open filters from existing channels.
 
     The copy is a snapshot on the CPU: norms are folded, later training of ``model`` does not reach it. Its output is
@@ -47,15 +49,18 @@ def sparsify(model: nn.Module, *, mode: Mode = "fast") -> SparseModel:
         model: A wrapped model; unchanged.
         mode: "fast" chooses for every convolution the fastest way on this CPU, Winograd among them, after timing them
             once; "exact" forbids Winograd.
+        paths: Paths that stand for all images to come. Filters that none of them opens are removed, and controllers
+            of which they open every remaining filter are dropped. For images with other paths the output may differ
+            from the model's. By default nothing is assumed.
 
     Raises:
-        ValueError: If the model is not wrapped, or the mode is unknown.
+        ValueError: If the model is not wrapped, the mode is unknown, or the paths are not of this model.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"sparsify: mode={mode!r} given; one of {', '.join(map(repr, get_args(Mode)))} wanted")
     decoupling = decoupling_of(model, "sparsify")
     owner = next(m for m in model.modules() if getattr(m, "decoupling", None) is decoupling)
-    return SparseModel(owner, mode)
+    return SparseModel(owner, mode, None if paths is None else Habits.of(paths, decoupling.plan))
 
 
 class SparseModel(nn.Module):
@@ -65,12 +70,12 @@ class SparseModel(nn.Module):
     may call one object; each call uses ``torch.get_num_threads()`` threads.
     """
 
-    def __init__(self, model: nn.Module, mode: Mode = "fast") -> None:
+    def __init__(self, model: nn.Module, mode: Mode = "fast", habits: Habits | None = None) -> None:
         super().__init__()
         snapshot = copy_sharing_tensors(model, _to_cpu)
         decoupling = snapshot.decoupling
         assert isinstance(decoupling, Decoupling)
-        self.plan, self.mode = decoupling.plan, mode
+        self.plan, self.mode, self._habits = decoupling.plan, mode, habits
         # In a list, because the snapshot is material for lowering and not a part of this module.
         self._source = [unwrap(snapshot).eval()]
         self._decoupling = [decoupling.eval()]
@@ -81,13 +86,14 @@ class SparseModel(nn.Module):
     def _forget(self) -> None:
         """Start without programs; they hold memory of the engine, which can be neither copied nor pickled."""
         self._lowered: dict[tuple[int, ...], Lowered] = {}
+        self._assumptions: dict[tuple[int, ...], Assumptions] = {}
         self._programs: dict[tuple[tuple[int, ...], bool], Program | None] = {}
         self._transformed: dict[Any, Tensor] = {}
         self._lock = threading.RLock()
         self.graphs = nn.ModuleList()
 
     def __getstate__(self) -> dict[str, Any]:
-        forgotten = ("_lowered", "_programs", "_transformed", "_lock")
+        forgotten = ("_lowered", "_assumptions", "_programs", "_transformed", "_lock")
         state = {name: value for name, value in self.__dict__.items() if name not in forgotten}
         return {**state, "_modules": {}}
 
@@ -131,6 +137,9 @@ class SparseModel(nn.Module):
         self._check(image)
         size = tuple(image.shape[1:])
         lowered = self.lowered_for(size)
+        if size in self._assumptions:
+            observer = self._assumptions[size].widen(lowered.gates, observer)
+            forced = self._assumptions[size].narrow(forced or {})
         replaced = {lowered.gates[name]: value for name, value in (forced or {}).items()}
         is_binary = all(bool(((z == 0) | (z == 1)).all()) for z in replaced.values())
         program = self.program_for(size, fuse=False) if is_binary and image.dtype == torch.float32 else None
@@ -147,7 +156,11 @@ class SparseModel(nn.Module):
             if size not in self._lowered:
                 recorded, matching = record_and_match(self._source[0], size, self.plan.options)
                 _check_same_gates(self.plan, matching.plan, size)
-                self._lowered[size] = lower(recorded, matching, self._decoupling[0])
+                if self._habits is None:
+                    self._lowered[size] = lower(recorded, matching, self._decoupling[0])
+                else:
+                    found = lower_statically(recorded, matching, self._decoupling[0], self._habits)
+                    self._lowered[size], self._assumptions[size] = found
                 self.graphs.append(self._lowered[size].module)
             return self._lowered[size]
 
@@ -183,6 +196,8 @@ class SparseModel(nn.Module):
             f"  gates: {len(lowered.gates)}, filters: {self.plan.n_filters}",
             "  sparse operators: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
         ]
+        if self.plan.input_size in self._assumptions:
+            lines.append(f"  {self._assumptions[self.plan.input_size]}")
         if program is None:
             others = Counter(_operator_name(n) for n in lowered.module.graph.nodes if n.op == "call_function")
             listed = ", ".join(f"{n} {name}" for name, n in others.most_common())

@@ -60,6 +60,7 @@ class StepKind(IntEnum):
     CONTROL = 10
     NORM = 11
     MASK = 12
+    EXPAND = 13
 
 
 class WindowKind(IntEnum):

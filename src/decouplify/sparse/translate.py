@@ -215,6 +215,10 @@ class _Translation:
         if gate >= 0:
             y.bounds = _with_zero(y.bounds)
         if conv.groups > 1 and conv.weight.shape[1] == 1 and len(conv.weight) == conv.groups:
+            expansion = self._expansion_before(node, x, gate, act)
+            if expansion is not None:
+                self._fuse_expansion(expansion, node, y, sliding, weights)
+                return y
             self.emit(StepKind.WINDOW, node, input=x, output=y, gate=gate, sliding=sliding, act=act, weights=weights)
             return y
         step = self.emit(
@@ -224,6 +228,27 @@ class _Translation:
         if self.fuse and conv.activation is None:
             self._fuse_sum(step)
         return y
+
+    def _expansion_before(self, node: Node, x: Map, gate: int, act: Act) -> Step | None:
+        """The 1x1 convolution that writes what a depthwise one alone reads, if one step can do both."""
+        last = self.draft.items[-1] if self.draft.items else None
+        if not self.fuse or not isinstance(last, Step) or last.kind is not StepKind.CONVOLUTION or last.output is not x:
+            return None
+        is_plain = last.sliding == Sliding() and last.groups == 1 and last.other is None
+        alone = _only_user(last.node) is node
+        return last if is_plain and alone and last.gate == gate and last.act == act else None
+
+    def _fuse_expansion(
+        self, expansion: Step, node: Node, y: Map, sliding: Sliding, weights: dict[str, Tensor]
+    ) -> None:
+        """Put one step in place of a 1x1 convolution and the depthwise one after it."""
+        self.draft.items.remove(expansion)
+        del self.maps[expansion.node]
+        both = {**weights, "weight2": expansion.weights["weight"], "bias2": expansion.weights["bias"]}
+        self.emit(
+            StepKind.EXPAND, node, input=expansion.input, output=y, gate=expansion.gate, sliding=sliding,
+            act=expansion.act, weights=both,
+        )  # fmt: skip
 
     def _fuse_sum(self, step: Step) -> None:
         """Let a convolution add the other operand of the sum that follows, and apply the activation after that."""

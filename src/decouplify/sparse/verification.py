@@ -166,7 +166,8 @@ def _raise_if_different(report: VerificationReport, far: dict[str, float], rtol:
         name, margin = next(iter(far.items()))
         raise VerificationError(
             f"verify: gates of '{name}' differ although their logits are up to {margin:.2g} away from the threshold. "
-            "Was the model trained after sparsify? Sparsify it again.",
+            "Was the model trained after sparsify, or do these images take paths that sparsify(paths=...) was not "
+            "given? Sparsify it again.",
             report,
         )
     wrong = [layer for layer in report.layers if not layer.error <= rtol]

@@ -68,6 +68,8 @@ struct Kernels {
   const char* name;
   void (*convolve)(const Convolution&, const ConvolutionCall&, Scratch&);
   void (*slide)(const Window&, const WindowCall&, Scratch&);
+  // A 1x1 convolution and the depthwise one that alone reads it, with the same filters open in both.
+  void (*expand_and_slide)(const Convolution& expand, const Window&, const ConvolutionCall&, Scratch&);
   // Weights (filters, channels, kernel, kernel) for an algorithm: (filters, points, channels), for kWinogradStrided
   // (filters, points, channels, 4). Does nothing for algorithms that need none.
   void (*transform)(Algorithm, const float* weight, int n_filters, int n_channels, int kernel, int padding, float* to);

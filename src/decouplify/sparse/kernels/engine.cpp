@@ -130,6 +130,7 @@ class Run {
       case kControl: return control(s);
       case kNorm: normalise(s); break;
       case kMask: mask(s); break;
+      case kExpand: expand(s); break;
     }
     return kDone;
   }
@@ -279,6 +280,23 @@ class Run {
     for (int32_t i = 0; i < channels.n; ++i) {
       if (in.flags[channels.list[i]]) workspace_.n_macs += n_pixels * s.kernel[0] * s.kernel[1];
     }
+  }
+
+  void expand(const decouplify_step& s) const {
+    const Geometry &in = plan_.geometry(s.input), &out = plan_.geometry(s.output);
+    const Channels &channels = live(s.input), &filters = open(s);
+    const decouplify::Convolution conv{channels.size(), filters.size(), 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}, s.weight2,
+                                       nullptr, s.bias2, s.activation, decouplify::Algorithm::kDirect, in, in};
+    decouplify::Window window{decouplify::WindowKind::kDepthwise, {}, {}, {}, {}, s.weight, s.bias, nullptr,
+                              s.activation, in, out};
+    copy_window(s, window);
+    kernels_.expand_and_slide(conv, window,
+                              {data(s.input), channels.list.data(), channels.n, data(s.output), filters.list.data(),
+                               filters.n, nullptr, nullptr, sums(s.output), n_threads_},
+                              workspace_.scratch);
+    live(s.output).assign([&](int32_t c) { return filters.flags[c]; });
+    const int64_t n_expanded = int64_t{in.height} * in.width, n_pixels = int64_t{out.height} * out.width;
+    workspace_.n_macs += filters.n * (channels.n * n_expanded + n_pixels * s.kernel[0] * s.kernel[1]);
   }
 
   void add(const decouplify_step& s) const {

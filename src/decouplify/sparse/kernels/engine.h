@@ -43,6 +43,7 @@ enum StepKind : int32_t {
   kControl,      // gate <- controller of input: weight, bias, weight2, bias2
   kNorm,         // output <- layer norm of input over channels: weight, bias, epsilon
   kMask,         // output (in the same memory) <- input restricted to the open filters of gate
+  kExpand,       // output <- depthwise convolution of a 1x1 convolution of input: weight, bias; weight2, bias2
 };
 
 struct decouplify_step {

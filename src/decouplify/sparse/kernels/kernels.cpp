@@ -1,6 +1,7 @@
 // The kernels of one instruction set; CMakeLists.txt compiles this file once for each.
 #include "direct.h"
 #include "elementwise.h"
+#include "expand.h"
 #include "linear.h"
 #include "norm.h"
 #include "packed.h"
@@ -36,8 +37,8 @@ static void transform(Algorithm algorithm, const float* weight, int n_filters, i
 }
 
 const Kernels& kernels() {
-  static constexpr Kernels table{DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve,  slide,  transform,
-                                 add_planes,                        scale_plane, sum_plane, normalise, linear};
+  static constexpr Kernels table{DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve,    slide,     expand_and_slide, transform,
+                                 add_planes,                        scale_plane, sum_plane, normalise,        linear};
   return table;
 }
 
