@@ -210,23 +210,17 @@ def test_a_browser_draws_every_chart_in_the_readers_colours(model, batch, tmp_pa
     out = report(model, [batch], tmp_path / "page.html", progress=False)
     probe = """<script>
         const map = document.getElementById("chart-map");
-        map.scrollIntoView();
-        const point = () => {
-            const dot = map.querySelector(".point").getBoundingClientRect();
-            const at = { clientX: dot.x + dot.width / 2, clientY: dot.y + dot.height / 2, bubbles: true };
-            for (const kind of ["mouseover", "mousemove"])
-                map.querySelector(".nsewdrag").dispatchEvent(new MouseEvent(kind, at));
-        };
         const look = () => {
-            const bar = document.querySelector("#chart-states .bars path");
-            const wide = document.documentElement.scrollWidth - innerWidth;
+            const dot = { customdata: map.data.find((trace) => trace.x.length).customdata[0] };
+            map.emit("plotly_hover", { points: [dot], event: { clientX: 9, clientY: 9 } });  // as if pointed at
             const card = document.getElementById("hover");
             const shown = card.hidden ? "" : card.textContent + card.querySelector(".tile").style.backgroundPosition;
+            const bar = document.querySelector("#chart-states .bars path");
+            const wide = document.documentElement.scrollWidth - innerWidth;
             const drawn = document.querySelectorAll(".chart .main-svg").length;
             document.title = JSON.stringify([bar.style.fill, wide, drawn, shown]);
         };
-        setTimeout(point, 500);
-        setTimeout(look, 1000);
+        setInterval(look, 200);  // until the charts are drawn it fails, and the title stays
     </script></body>"""
     # In a copy: the page itself has nothing to probe it with.
     out.write_text(out.read_text().replace("</body>", probe))
@@ -235,7 +229,7 @@ def test_a_browser_draws_every_chart_in_the_readers_colours(model, batch, tmp_pa
         "--no-sandbox",
         "--disable-gpu",
         "--disable-background-networking",
-        "--virtual-time-budget=5000",
+        "--virtual-time-budget=8000",
     ]
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     command = [CHROMIUM, *flags, scheme, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", out.as_uri()]

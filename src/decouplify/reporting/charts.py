@@ -130,7 +130,7 @@ def _map(found: Findings, tiles: dict[int, int]) -> Chart:
 
     parts = _by_class(found)
     traces = [dots(rows[right[rows]], name, color, "circle") for rows, name, color in parts]
-    traces += [dots(rows[~right[rows]], name, color, "x") for rows, name, color in parts]
+    traces += [dots(rows[~right[rows]], name, color, "x") for rows, name, color in parts if not right[rows].all()]
     hidden = {"visible": False}
     legend = {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top", "itemsizing": "constant"}
     figure = _figure(
