@@ -168,6 +168,8 @@ def test_pseudo_paths_refuse(model, batches):
         pseudo_paths(model, batches, rule="quantile", quantile=1)
     with pytest.raises(ValueError, match=r'"cdrp" fits every image by itself and has no thresholds'):
         pseudo_thresholds(model, batches, rule="cdrp")
+    with pytest.raises(ValueError, match=r"pseudo_paths\(like=\.\.\.\): Sequential is not wrapped"):
+        pseudo_paths(model, batches, like=network())
     headless = nn.Sequential(*list(model)[:7])
     with pytest.raises(ValueError, match=r"needs a model whose output is \(N, classes\) logits"):
         pseudo_paths(headless, batches, rule="cdrp", input_size=SIZE)

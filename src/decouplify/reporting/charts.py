@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from decouplify._optional import import_optional
 from decouplify.paths._layout import filter_slices
-from decouplify.paths.tree import place
+from decouplify.paths.tree import p_words, place
 from decouplify.reporting.findings import Findings
 
 __all__ = ["Chart", "charts_of", "plotly_source"]
@@ -334,10 +334,9 @@ def _tree(found: Findings) -> Chart:
 def _split_words(found: Findings, node: Any) -> str:
     sides = ["<br>".join(_wrapped([_text(found.name(c)) for c in child.classes])) for child in node.children]
     test = node.hopkins
-    p = "" if np.isnan(test.p_value) else f", p {test.p_value:.1g}"
     return (
         f"<b>{node.layer}</b><br>{sides[0]}<br>against<br>{sides[1]}<br>Hopkins {test.value:.2f} (shuffled "
-        f"{test.null:.2f}{p}), purity {100 * node.purity:.0f} %, {node.n_images} images"
+        f"{test.null:.2f}{_text(p_words(test))}), purity {100 * node.purity:.0f} %, {node.n_images} images"
     )
 
 
