@@ -11,6 +11,7 @@ from torch import nn
 
 import decouplify
 from decouplify.paths import pseudo_paths, pseudo_thresholds
+from toynets import DepthwiseChain
 
 SIZE = (3, 8, 8)
 
@@ -141,6 +142,26 @@ def test_a_critical_path_keeps_the_prediction_and_what_it_needs(obvious):
     needed = paths.unpack()[:, :2]
     np.testing.assert_array_equal(needed, [[True, False]] * 3 + [[False, True]] * 3)
     assert not paths.unpack()[:, 2:].any()
+
+
+def test_a_critical_path_never_costs_the_prediction(obvious):
+    images = torch.zeros(2, 2, 4, 4)
+    images[0, 0] = images[1, 1] = 1.0
+    paths = pseudo_paths(obvious, [images], rule="cdrp", input_size=(2, 4, 4), gamma=50.0, margins=True)
+    assert paths.unpack()[1, 1]  # with all filters closed both logits are 0, and the first class would win
+    assert paths.margins[1, 1] > 0
+
+
+def test_a_shared_gate_is_judged_by_its_first_convolution():
+    model, images, seen = DepthwiseChain().eval(), torch.randn(12, 3, 16, 16), {}
+    paths = pseudo_paths(model, [images], rule="active", input_size=(3, 16, 16))
+    for name in ("expand.2", "act"):  # where the gate of the expansion sits, and behind the depthwise convolution
+        model.get_submodule(name).register_forward_hook(lambda module, args, y, name=name: seen.update({name: y}))
+    with torch.no_grad():
+        model(images)
+    first, second = ((seen[name] > 0).flatten(2).any(2).numpy() for name in ("expand.2", "act"))
+    assert not (first == second).all()
+    np.testing.assert_array_equal(paths.unpack("expand.0"), first)
 
 
 def test_a_critical_path_does_not_depend_on_the_images_beside_it(model, batches):
