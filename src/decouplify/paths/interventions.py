@@ -53,7 +53,7 @@ def force(model: nn.Module, site: str, *, on: Filters = (), off: Filters = ()) -
         >>> import decouplify, torch
         >>> convs = [torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3), torch.nn.Conv2d(4, 2, 3)]
         >>> model = decouplify.wrap(torch.nn.Sequential(*convs), (3, 8, 8)).eval()
-        >>> with force(model, "1", off=[0]):
+        >>> with torch.no_grad(), force(model, "1", off=[0]):
         ...     _ = model(torch.zeros(1, 3, 8, 8))
         >>> model.decoupling.path()
         tensor([[0., 1., 1., 1.]])
