@@ -144,6 +144,7 @@ def test_the_charts_show_the_numbers(page, model, batch):
     paths = decouplify.record(model, [batch])
     dots = charts["chart-map"]["data"]
     assert sum(len(trace["x"]) for trace in dots) == 40
+    assert sorted(t["name"] for t in dots if t["showlegend"]) == sorted({trace["name"] for trace in dots})
     wrong = sum(len(trace["x"]) for trace in dots if trace["marker"]["symbol"] == "x")
     assert wrong == (paths.preds != paths.labels).sum()
     assert sorted(place for trace in dots for place, _ in trace["customdata"]) == list(range(40))  # a picture each
