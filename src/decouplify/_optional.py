@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import textwrap
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,18 @@ def new_axes(width: float, height: float) -> Axes:
 
 
 def write_title(ax: Axes, title: str, subtitle: str) -> None:
-    """A bold left-aligned title with a smaller, greyer line of numbers under it."""
-    n_lines = subtitle.count("\n") + 1
-    ax.set_title(title, loc="left", fontweight="bold", pad=8 + 13 * n_lines)
+    """A bold left-aligned title with smaller, greyer lines of numbers under it, broken where the figure ends."""
+    lines = [part for line in subtitle.split("\n") for part in textwrap.wrap(line, _letters_that_fit(ax)) or [""]]
+    ax.set_title(title, loc="left", fontweight="bold", pad=8 + 13 * len(lines))
+    text = "\n".join(lines)
     ax.annotate(
-        subtitle, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9, color="0.35"
+        text, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9, color="0.35"
     )
+
+
+def _letters_that_fit(ax: Axes) -> int:
+    """Letters of nine points over one column of axes; a longer line would squeeze the axes to make room for itself."""
+    figure, place = ax.get_figure(root=True), ax.get_subplotspec()
+    n_columns = 1 if place is None else place.get_gridspec().ncols
+    width = 6.0 if figure is None else figure.get_figwidth()
+    return max(30, int(13 * width / n_columns))

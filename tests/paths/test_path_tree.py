@@ -105,6 +105,17 @@ def test_noise_and_what_divides_images_but_not_classes_give_no_tree():
     assert tree.plot().texts
 
 
+def test_a_split_that_hardly_follows_the_classes_is_refused():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 100)
+    bright = np.concatenate([np.arange(100) < 55, np.arange(100) < 45])  # 55 of 100 in one class, 45 in the other
+    x = bright[:, None] ^ (rng.random((200, 32)) < 0.05)
+    paths = PathSet.from_gates({"a": x}, labels=labels)
+    assert not decision_tree(paths, max_per_class=100).splits
+    lenient = decision_tree(paths, max_per_class=100, min_purity=0.5)
+    assert lenient.root.purity == pytest.approx(0.55)
+
+
 def test_duplicates_and_constant_layers_do_no_harm():
     labels = np.repeat([0, 1], 30)
     gates = {"same": np.ones((60, 4)), "split": np.stack([labels, 1 - labels], axis=1)}

@@ -11,6 +11,7 @@ from torch import nn
 
 import decouplify
 from decouplify.paths import pseudo_paths, pseudo_thresholds
+from toynets import DepthwiseChain
 
 SIZE = (3, 8, 8)
 
@@ -143,6 +144,26 @@ def test_a_critical_path_keeps_the_prediction_and_what_it_needs(obvious):
     assert not paths.unpack()[:, 2:].any()
 
 
+def test_a_critical_path_never_costs_the_prediction(obvious):
+    images = torch.zeros(2, 2, 4, 4)
+    images[0, 0] = images[1, 1] = 1.0
+    paths = pseudo_paths(obvious, [images], rule="cdrp", input_size=(2, 4, 4), gamma=50.0, margins=True)
+    assert paths.unpack()[1, 1]  # with all filters closed both logits are 0, and the first class would win
+    assert paths.margins[1, 1] > 0
+
+
+def test_a_shared_gate_is_judged_by_its_first_convolution():
+    model, images, seen = DepthwiseChain().eval(), torch.randn(12, 3, 16, 16), {}
+    paths = pseudo_paths(model, [images], rule="active", input_size=(3, 16, 16))
+    for name in ("expand.2", "act"):  # where the gate of the expansion sits, and behind the depthwise convolution
+        model.get_submodule(name).register_forward_hook(lambda module, args, y, name=name: seen.update({name: y}))
+    with torch.no_grad():
+        model(images)
+    first, second = ((seen[name] > 0).flatten(2).any(2).numpy() for name in ("expand.2", "act"))
+    assert not (first == second).all()
+    np.testing.assert_array_equal(paths.unpack("expand.0"), first)
+
+
 def test_a_critical_path_does_not_depend_on_the_images_beside_it(model, batches):
     with torch.no_grad():
         model[-1].weight *= 50  # or every prediction is uniform and no filter matters
@@ -168,6 +189,8 @@ def test_pseudo_paths_refuse(model, batches):
         pseudo_paths(model, batches, rule="quantile", quantile=1)
     with pytest.raises(ValueError, match=r'"cdrp" fits every image by itself and has no thresholds'):
         pseudo_thresholds(model, batches, rule="cdrp")
+    with pytest.raises(ValueError, match=r"pseudo_paths\(like=\.\.\.\): Sequential is not wrapped"):
+        pseudo_paths(model, batches, like=network())
     headless = nn.Sequential(*list(model)[:7])
     with pytest.raises(ValueError, match=r"needs a model whose output is \(N, classes\) logits"):
         pseudo_paths(headless, batches, rule="cdrp", input_size=SIZE)

@@ -170,7 +170,8 @@ class Counterfactual(Result):
     Attributes:
         n_switched: How many filters were set, shape (steps,), increasing, from 0.
         margin: Logit of A minus logit of B, mean over the images, shape (steps,).
-        control: The same when as many random filters of the same layers are set to the opposite of A.
+        control: The same when as many random filters of the same layers are set to the opposite of A's habit; mean of
+            several draws.
         flipped: Share of the images for which B's logit is then the higher one, shape (steps,).
         control_flipped: The same for the random filters.
         n_images: Number of images.
@@ -238,6 +239,7 @@ def counterfactual(
     *,
     classes: tuple[int, int] | None = None,
     n_switched: Sequence[int] = (0, 1, 2, 5, 10, 20, 50, 100),
+    n_random: int = 5,
     seed: int = 0,
 ) -> Counterfactual:
     """Set the filters that tell A from B as B has them, more and more of them, and watch the logits of A's images.
@@ -251,6 +253,7 @@ def counterfactual(
         found: What ``contrast`` found.
         classes: Indices of the logits of A and B; by default the class values of the contrast.
         n_switched: How many filters to switch; numbers above those that differ are left out.
+        n_random: Draws of random filters, at least 1.
         seed: Seed of the random filters.
 
     Raises:
@@ -266,15 +269,13 @@ def counterfactual(
     telling = found.filters()
     steps = [n for n in sorted({0, *n_switched}) if n <= len(telling)]
     rng = np.random.default_rng(seed)
-    rows = [
-        [
-            *_margin(model, images, telling[:n], (a, b)),
-            *_margin(model, images, _random_like(telling[:n], found, rng), (a, b)),
-        ]
-        for n in steps
-    ]
-    margin, flipped, control, control_flipped = np.array(rows).T
-    return Counterfactual(np.array(steps), margin, control, flipped, control_flipped, len(images), found.names)
+    rows = []
+    for n in steps:
+        draws = [_random_like(telling[:n], found, rng) for _ in range(n_random)]
+        control = np.mean([_margin(model, images, draw, (a, b)) for draw in draws], axis=0)
+        rows.append([*_margin(model, images, telling[:n], (a, b)), *control])
+    margin, flipped, random_margin, random_flipped = np.array(rows).T
+    return Counterfactual(np.array(steps), margin, random_margin, flipped, random_flipped, len(images), found.names)
 
 
 @torch.no_grad()

@@ -51,9 +51,9 @@ def force(model: nn.Module, site: str, *, on: Filters = (), off: Filters = ()) -
         The first filter of a convolution closed for all images:
 
         >>> import decouplify, torch
-        >>> convs = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
-        >>> model = decouplify.wrap(convs, (3, 8, 8)).eval()
-        >>> with force(model, "2", off=[0]):
+        >>> convs = [torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3), torch.nn.Conv2d(4, 2, 3)]
+        >>> model = decouplify.wrap(torch.nn.Sequential(*convs), (3, 8, 8)).eval()
+        >>> with torch.no_grad(), force(model, "1", off=[0]):
         ...     _ = model(torch.zeros(1, 3, 8, 8))
         >>> model.decoupling.path()
         tensor([[0., 1., 1., 1.]])

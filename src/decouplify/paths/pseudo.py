@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from decouplify.decoupling import Decoupling
+from decouplify.decoupling import Decoupling, decoupling_of
 from decouplify.paths._layout import lay_out
 from decouplify.paths.pathset import PathSet
 from decouplify.paths.recording import Recorder, RunningIdsWarning, device_of
@@ -190,7 +190,7 @@ def _observable_copy(model: nn.Module, like: nn.Module | None, wrap_options: Map
         )
     options = dict(wrap_options)
     if like is not None:
-        plan = getattr(like, "decoupling").plan  # noqa: B009  # typed: modules' attributes are tensors or modules
+        plan = decoupling_of(like, "pseudo_paths(like=...)").plan
         options = {**vars(plan.options), "input_size": plan.input_size}
     # Positive: every gate starts open. No verification: nothing is trusted to the copy but its forward.
     options |= {"bias": 2.0, "verify": False, "frozen_ok": True}

@@ -325,15 +325,14 @@ def _in_order(
 
 def _pack(gates: Sequence[Tensor], layers: Sequence[LayerSpec], where: str) -> NDArray[np.uint8]:
     """Packed rows (N, B); padded and joined on the device, so that one batch costs one transfer."""
-    hard = torch.stack([((z == 0) | (z == 1)).all() for z in gates]).tolist()
-    if not all(hard):
-        soft = [layer.name for layer, is_hard in zip(layers, hard, strict=True) if not is_hard]
+    path = torch.cat([F.pad(z, (0, -z.shape[1] % 8)) if z.shape[1] % 8 else z for z in gates], dim=1)
+    if not ((path == 0) | (path == 1)).all():
+        soft = [layer.name for layer, z in zip(layers, gates, strict=True) if not ((z == 0) | (z == 1)).all()]
         raise ValueError(
             f"{where}: gates of {', '.join(soft)} are not exactly 0 or 1; "
             "in evaluation mode a gate is 1 where its logit is positive and 0 elsewhere"
         )
-    padded = [F.pad(z.to(torch.uint8), (0, -z.shape[1] % 8)) for z in gates]
-    return np.packbits(torch.cat(padded, dim=1).cpu().numpy(), axis=1, bitorder="little")
+    return np.packbits(path.to(torch.uint8).cpu().numpy(), axis=1, bitorder="little")
 
 
 def _manifest(plan: Any, loader: Iterable[Any], device: torch.device) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class SweepRun:
         dynamic: Share of the filters open for some images, in [0, 1].
         silent: Share open for none.
         energetic: Share open for all.
-        class_accuracy: Class accuracy of the 10 nearest paths, in [0, 1]; NaN if it is not defined.
+        class_accuracy: Class accuracy of the 10 nearest paths, in [0, 1]; NaN without labels or with equal paths.
     """
 
     settings: Mapping[str, Any]
@@ -175,12 +175,13 @@ def _measure(
     macs = macs_of_paths(model, paths)
     totals = paths.filter_states().totals
     labelled = paths.labels is not None
+    told = labelled and len(paths) > 10 and paths.distinct() > 1
     run = SweepRun(
         settings=dict(settings),
         accuracy=float((paths.preds == paths.labels).mean()) if labelled and (paths.preds >= 0).all() else float("nan"),
         macs=float(macs.executed.double().mean()),
         dense_macs=macs.dense,
-        class_accuracy=paths.knn_accuracy(10) if labelled and len(paths) > 10 else float("nan"),
+        class_accuracy=paths.knn_accuracy(10) if told else float("nan"),
         **{state: totals[state] / paths.n_filters for state in _COLORS},
     )
     return run, len(paths)

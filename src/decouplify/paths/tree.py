@@ -353,8 +353,14 @@ def _divide(
 
 def _split_words(node: TreeNode) -> str:
     assert node.hopkins is not None
-    p = "" if np.isnan(node.hopkins.p_value) else f", p {node.hopkins.p_value:.1g}"
-    return f"{node.layer}: H {node.hopkins.value:.2f}{p}, purity {100 * node.purity:.0f} %"
+    return f"{node.layer}: H {node.hopkins.value:.2f}{p_words(node.hopkins)}, purity {100 * node.purity:.0f} %"
+
+
+def p_words(test: Hopkins) -> str:
+    """The p-value, if there is one; beyond a thousandth the normal distribution says little."""
+    if np.isnan(test.p_value):
+        return ""
+    return ", p < 0.001" if test.p_value < 0.001 else f", p {test.p_value:.1g}"
 
 
 def _node_dict(node: TreeNode) -> dict[str, Any]:

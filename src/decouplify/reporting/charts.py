@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from decouplify._optional import import_optional
 from decouplify.paths._layout import filter_slices
-from decouplify.paths.tree import place
+from decouplify.paths.tree import p_words, place
 from decouplify.reporting.findings import Findings
 
 __all__ = ["Chart", "charts_of", "plotly_source"]
@@ -113,6 +113,8 @@ def _map(found: Findings, tiles: dict[int, int]) -> Chart:
         right = found.paths.preds[shown.rows] == shown.labels
     details = [[tiles.get(int(row), -1), found.words(int(row))] for row in shown.rows]
     size = float(np.clip(260 / np.sqrt(max(len(shown.rows), 1)), 5, 11))
+    parts = _by_class(found)
+    rows_of = {name: rows for rows, name, _ in parts}
 
     def dots(chosen: NDArray[Any], name: str, color: Any, symbol: str) -> Any:
         color = color if isinstance(color, str) else [color[i] for i in chosen]
@@ -122,15 +124,15 @@ def _map(found: Findings, tiles: dict[int, int]) -> Chart:
             mode="markers",
             name=_text(name),
             legendgroup=name,
-            showlegend=symbol == "circle" and _n_classes(found) > 1,
+            # Once per class, also where all of its images are crosses.
+            showlegend=(symbol == "circle" or not right[rows_of[name]].any()) and len(rows_of) > 1,
             marker={"size": size, "color": color, "symbol": symbol, "opacity": 0.85, "line": {"width": 0}},
             customdata=[details[i] for i in chosen],
             hoverinfo="none",
         )
 
-    parts = _by_class(found)
-    traces = [dots(rows[right[rows]], name, color, "circle") for rows, name, color in parts]
-    traces += [dots(rows[~right[rows]], name, color, "x") for rows, name, color in parts]
+    traces = [dots(rows[right[rows]], name, color, "circle") for rows, name, color in parts if right[rows].any()]
+    traces += [dots(rows[~right[rows]], name, color, "x") for rows, name, color in parts if not right[rows].all()]
     hidden = {"visible": False}
     legend = {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top", "itemsizing": "constant"}
     figure = _figure(
@@ -144,10 +146,6 @@ def _map(found: Findings, tiles: dict[int, int]) -> Chart:
     caption = shown.headline() + (f"\nNote: {shown.note}" if shown.note else "")
     caption += "" if right.all() else "\nCrosses were classified wrongly."
     return Chart("map", figure, caption, f"Scatter plot of paths, coloured by class. {caption}", 34)
-
-
-def _n_classes(found: Findings) -> int:
-    return 1 if found.map.labels is None else min(len(np.unique(found.map.labels)), _LEGEND_MAX + 1)
 
 
 def _by_class(found: Findings) -> list[tuple[NDArray[Any], str, Any]]:
@@ -334,10 +332,9 @@ def _tree(found: Findings) -> Chart:
 def _split_words(found: Findings, node: Any) -> str:
     sides = ["<br>".join(_wrapped([_text(found.name(c)) for c in child.classes])) for child in node.children]
     test = node.hopkins
-    p = "" if np.isnan(test.p_value) else f", p {test.p_value:.1g}"
     return (
         f"<b>{node.layer}</b><br>{sides[0]}<br>against<br>{sides[1]}<br>Hopkins {test.value:.2f} (shuffled "
-        f"{test.null:.2f}{p}), purity {100 * node.purity:.0f} %, {node.n_images} images"
+        f"{test.null:.2f}{_text(p_words(test))}), purity {100 * node.purity:.0f} %, {node.n_images} images"
     )
 
 
