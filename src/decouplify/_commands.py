@@ -459,6 +459,8 @@ def _read_concepts(data: Path, transform: Scaled) -> Broden | MaskFolder:
     raise FileNotFoundError(
         f"{data} has neither index.csv (BRODEN, such as broden1_224) nor ImageSets/ (PASCAL VOC, such as VOC2012)"
     )
+
+
 # bench ----------------------------------------------------------------------------------------------------------------
 
 
