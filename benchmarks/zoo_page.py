@@ -45,6 +45,7 @@ def page(rows: Sequence[Row], known: Iterable[str]) -> str:
 def _head(rows: Sequence[Row], known: Iterable[str]) -> list[str]:
     wrapped, checked = _wrapped(rows), [r for r in rows if r.get("checked") == "numbers"]
     missing = set(known) - {r["name"] for r in rows}
+    n_rest = len(wrapped) - len(checked)
     lines = [
         "# Coverage",
         "",
@@ -58,7 +59,7 @@ def _head(rows: Sequence[Row], known: Iterable[str]) -> list[str]:
         "was done on 96 x 96 images where the network runs the same convolutions there, with two images of noise.",
         "",
         f"- networks planned: {len(rows)}, not yet: {len(missing)}; with something to gate: {len(wrapped)}",
-        f"- checked with numbers: {len(checked)}; plan only or pending: {len(wrapped) - len(checked)} (the table says why)",
+        f"- checked with numbers: {len(checked)}; plan only or pending: {n_rest} (the table says why)",
         f"- failures: {sum(bool(failures(r)) for r in rows)}",
     ]
     return [*lines, *_means(wrapped, checked)]
