@@ -45,6 +45,7 @@ def page(rows: Sequence[Row], known: Iterable[str]) -> str:
 def _head(rows: Sequence[Row], known: Iterable[str]) -> list[str]:
     wrapped, checked = _wrapped(rows), [r for r in rows if r.get("checked") == "numbers"]
     missing = set(known) - {r["name"] for r in rows}
+    n_rest = len(wrapped) - len(checked)
     lines = [
         "# Coverage",
         "",
@@ -58,7 +59,7 @@ def _head(rows: Sequence[Row], known: Iterable[str]) -> list[str]:
         "was done on 96 x 96 images where the network runs the same convolutions there, with two images of noise.",
         "",
         f"- networks planned: {len(rows)}, not yet: {len(missing)}; with something to gate: {len(wrapped)}",
-        f"- checked with numbers: {len(checked)}; plan only: {len(wrapped) - len(checked)} (the table says why)",
+        f"- checked with numbers: {len(checked)}; plan only or pending: {n_rest} (the table says why)",
         f"- failures: {sum(bool(failures(r)) for r in rows)}",
     ]
     return [*lines, *_means(wrapped, checked)]
@@ -78,6 +79,9 @@ def _means(wrapped: Sequence[Row], checked: Sequence[Row]) -> list[str]:
         lines.append(
             f"- relative error of the sparse form: median {errors[len(errors) // 2]:.1e}, largest {errors[-1]:.1e}"
         )
+        exact = [r["sparse_error_float64"] for r in checked if "sparse_error_float64" in r]
+        if exact:
+            lines.append(f"- above 1e-5, repeated in float64: {len(exact)}, there at most {max(exact):.1e}")
         untrained = sum(r["train_equal"] is None for r in checked)
         lines.append(f"- training step not comparable, for the image is too small for batch norm: {untrained}")
     return lines
