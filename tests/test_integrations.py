@@ -29,6 +29,7 @@ def images() -> tuple[Tensor, Tensor]:
     return torch.randn(48, 3, 8, 8), torch.randint(0, 4, (48,))
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # lightning's own, of torch's tree utilities
 def test_a_lightning_module_trains_gates_to_their_target(model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
     recipe = DecouplingRecipe(4, target="1.5x", norm_batches=3)
