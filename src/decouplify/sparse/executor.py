@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ class Program:
         self._stretches = list(_stretches(self.draft.items, whole=fuse))
         self._idle: list[native.Workspace] = []
         self._lock = threading.Lock()
-        self._node_of_gate = [node for node, _ in self.draft.gates]
+        self.torch_seconds: dict[Node, float] = {}  # of the last image, by node that torch runs
 
     @property
     def plan(self) -> native.Plan:
@@ -108,12 +109,13 @@ class Program:
         """How convolutions are computed and what torch runs, a line each."""
         algorithms = Counter(s.algorithm for s in self.steps if s.kind is StepKind.CONVOLUTION)
         named = dict(zip(Algorithm, ("direct", "packed", "F(2,3)", "F(4,3)", "F(4,4)"), strict=True))
+        cost = f" ({1e3 * sum(self.torch_seconds.values()):.2f} ms of the last image)" if self.torch_seconds else ""
         in_torch = Counter(name_of_call(self.module, i.node) for i in self.draft.items if isinstance(i, TorchCall))
         return [
             f"engine: {len(self.steps)} steps in {sum(isinstance(s, _Stretch) for s in self._stretches)} calls",
             "convolutions: " + (", ".join(f"{n} {named[a]}" for a, n in algorithms.most_common()) or "none"),
             f"controllers: {len(self.draft.gates)} run, {len(self.draft.always_open)} gates always open",
-            "run by torch: " + (", ".join(f"{n} {name}" for name, n in in_torch.most_common()) or "nothing"),
+            "run by torch: " + (", ".join(f"{n} {name}" for name, n in in_torch.most_common()) or "nothing") + cost,
         ]
 
     @contextmanager
@@ -236,10 +238,12 @@ class _Run:
 
     def _call_torch(self, node: Node) -> None:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        start = time.perf_counter()
         if node.op == "call_module":
             value = self.program.module.get_submodule(str(node.target))(*args, **kwargs)
         else:
             value = node.target(*args, **kwargs)  # type: ignore[operator]  # an operator
+        self.program.torch_seconds[node] = time.perf_counter() - start
         self.values[node] = self.forced.get(node.name, value)
         if self.observer is not None and isinstance(value, Tensor):
             self.observer(node.name, value.clone())

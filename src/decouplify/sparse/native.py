@@ -164,7 +164,6 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "run": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, POINTER(c_void_p), c_int32]),
     "set_gate": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
     "get_gate": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
-    "get_live": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
     "set_live": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
 }
 

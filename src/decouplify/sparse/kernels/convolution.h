@@ -80,7 +80,7 @@ struct Kernels {
   float (*sum)(const float* a, const Geometry&);
   // Of the call it reads the lists of channels and filters (all), the planes, the sums and the number of threads.
   void (*normalise)(const Norm&, const ConvolutionCall&, Scratch&);
-  // y = activation(bias + sum over i of x[i] * weight[i]), weight (inputs, outputs); an input that is zero costs nothing.
+  // y = activation(bias + sum over i of x[i] * weight[i]), weight (inputs, outputs). Inputs that are zero cost nothing.
   void (*linear)(const float* weight, const float* bias, const float* x, int n_inputs, float* y, int n_outputs,
                  Activation, int n_threads);
 };

@@ -170,7 +170,9 @@ class Run {
     const Geometry& g = plan_.geometry(s.output);
     for (int32_t c = 0; c < value.channels; ++c) {
       float* to = plane(s.output, c) + g.origin;
-      for (int32_t y = 0; y < g.height; ++y, from += g.width) std::memcpy(to + y * g.row, from, g.width * sizeof(float));
+      for (int32_t y = 0; y < g.height; ++y, from += g.width) {
+        std::memcpy(to + int64_t{y} * g.row, from, g.width * sizeof(float));
+      }
       if (sums(s.output) != nullptr) set_sum(s.output, c, kernels_.sum(plane(s.output, c), g));
     }
   }
@@ -389,7 +391,8 @@ class Run {
       const float n_pixels = static_cast<float>(int64_t{g.height} * g.width);
       for (int32_t c = 0; c < n_inputs; ++c) pooled[c] = live(s.input).flags[c] ? sum_of(s.input, c) / n_pixels : 0.0f;
     }
-    const decouplify::Activation relu{decouplify::ActivationKind::kClamp, 0.0f, kInfinity}, none{relu.kind, -kInfinity, kInfinity};
+    const decouplify::Activation relu{decouplify::ActivationKind::kClamp, 0.0f, kInfinity};
+    const decouplify::Activation none{decouplify::ActivationKind::kClamp, -kInfinity, kInfinity};
     float *hidden = workspace_.hidden.data(), *logits = workspace_.logits.data();
     kernels_.linear(s.weight, s.bias, pooled, n_inputs, hidden, s.hidden, relu, n_threads_);
     kernels_.linear(s.weight2, s.bias2, hidden, s.hidden, logits, n_filters, none, n_threads_);
@@ -491,11 +494,13 @@ decouplify_plan* decouplify_plan_new(const decouplify_geometry* geometries, int3
   plan->gate_sizes.assign(gate_sizes, gate_sizes + n_gates);
   int64_t n_floats = 64;
   for (const auto& value : plan->values) {
-    if (value.geometry < 0 && value.first + value.channels + 64 > n_floats) n_floats = value.first + value.channels + 64;
+    const int64_t end = int64_t{value.first} + value.channels + 64;
+    if (value.geometry < 0 && end > n_floats) n_floats = end;
   }
   plan->arena_sizes.push_back(n_floats);
   for (const auto& step : plan->steps) {
-    const bool is_average = step.kind == kWindow && step.window == static_cast<int32_t>(decouplify::WindowKind::kAverage);
+    const auto window = static_cast<decouplify::WindowKind>(step.window);
+    const bool is_average = step.kind == kWindow && window == decouplify::WindowKind::kAverage;
     plan->scales.push_back(is_average ? average_scale(step, plan->geometry(step.input), plan->geometry(step.output))
                                       : std::vector<float>());
   }
@@ -554,11 +559,6 @@ void decouplify_set_gate(const decouplify_plan*, decouplify_workspace* workspace
 void decouplify_get_gate(const decouplify_plan*, decouplify_workspace* workspace, int32_t gate, float* z) {
   const Channels& open = workspace->gates[gate];
   for (int32_t f = 0; f < open.size(); ++f) z[f] = open.flags[f];
-}
-
-void decouplify_get_live(const decouplify_plan*, decouplify_workspace* workspace, int32_t value, uint8_t* live) {
-  const Channels& channels = workspace->channels[value];
-  std::memcpy(live, channels.flags.data(), channels.size());
 }
 
 void decouplify_set_live(const decouplify_plan*, decouplify_workspace* workspace, int32_t value, const uint8_t* live) {

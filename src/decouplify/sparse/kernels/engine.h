@@ -1,8 +1,8 @@
 // The C interface. native.py mirrors these structures; kAbiVersion changes whenever one of them does.
 //
-// A plan is the flat list of steps that one image of one size needs, with every buffer placed. A workspace is the memory
-// one run writes to: runs on different workspaces may go on at the same time. All pointers in a plan belong to the
-// caller and must outlive it. No function throws; those that can fail return a status.
+// A plan is the flat list of steps that one image of one size needs, with every buffer placed. A workspace is the
+// memory one run writes to: runs on different workspaces may go on at the same time. All pointers in a plan belong to
+// the caller and must outlive it. No function throws; those that can fail return a status or null.
 #pragma once
 
 #include <cstdint>
@@ -74,10 +74,12 @@ DECOUPLIFY_API void decouplify_transform(int32_t algorithm, const float* weight,
                                          int32_t kernel, int32_t padding, float* to);
 
 DECOUPLIFY_API decouplify_plan* decouplify_plan_new(const decouplify_geometry* geometries, int32_t n_geometries,
-                                     const decouplify_value* values, int32_t n_values, const decouplify_step* steps,
-                                     int32_t n_steps, const int32_t* gate_sizes, int32_t n_gates);
+                                                    const decouplify_value* values, int32_t n_values,
+                                                    const decouplify_step* steps, int32_t n_steps,
+                                                    const int32_t* gate_sizes, int32_t n_gates);
 DECOUPLIFY_API void decouplify_plan_free(decouplify_plan* plan);
-DECOUPLIFY_API void decouplify_plan_set_algorithm(decouplify_plan* plan, int32_t step, int32_t algorithm, const float* transformed);
+DECOUPLIFY_API void decouplify_plan_set_algorithm(decouplify_plan* plan, int32_t step, int32_t algorithm,
+                                                  const float* transformed);
 
 DECOUPLIFY_API decouplify_workspace* decouplify_workspace_new(const decouplify_plan* plan);
 DECOUPLIFY_API void decouplify_workspace_free(decouplify_workspace* workspace);
@@ -86,13 +88,14 @@ DECOUPLIFY_API int64_t decouplify_workspace_bytes(const decouplify_plan* plan);
 DECOUPLIFY_API int64_t decouplify_workspace_macs(decouplify_workspace* workspace);
 
 // Runs steps [begin, end) on one image. slots: one pointer per slot number the steps mention.
-DECOUPLIFY_API int32_t decouplify_run(const decouplify_plan* plan, decouplify_workspace* workspace, int32_t begin, int32_t end,
-                       float* const* slots, int32_t n_threads);
+DECOUPLIFY_API int32_t decouplify_run(const decouplify_plan* plan, decouplify_workspace* workspace, int32_t begin,
+                                      int32_t end, float* const* slots, int32_t n_threads);
 // Puts gate values (0 is closed, anything else open) in place of a kControl step.
-DECOUPLIFY_API void decouplify_set_gate(const decouplify_plan* plan, decouplify_workspace* workspace, int32_t gate, const float* z);
-DECOUPLIFY_API void decouplify_get_gate(const decouplify_plan* plan, decouplify_workspace* workspace, int32_t gate, float* z);
+DECOUPLIFY_API void decouplify_set_gate(const decouplify_plan* plan, decouplify_workspace* workspace, int32_t gate,
+                                        const float* z);
+DECOUPLIFY_API void decouplify_get_gate(const decouplify_plan* plan, decouplify_workspace* workspace, int32_t gate,
+                                        float* z);
 // Which channels of a value exist, 0 or 1 each.
-DECOUPLIFY_API void decouplify_get_live(const decouplify_plan* plan, decouplify_workspace* workspace, int32_t value, uint8_t* live);
 DECOUPLIFY_API void decouplify_set_live(const decouplify_plan* plan, decouplify_workspace* workspace, int32_t value,
-                         const uint8_t* live);
+                                        const uint8_t* live);
 }

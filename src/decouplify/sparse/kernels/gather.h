@@ -99,8 +99,8 @@ static void gather_channel(const float* plane, const Taps& taps, const Geometry&
       for (int i = 0; i < n_rows; ++i, row += out.row) {
         const int y = (i + rows.first()) * rows.stride + a;
         const bool exists = y >= 0 && y < in.height;
-        gather_row(exists ? plane + int64_t{y} * in.row : plane, exists ? in.width : 0, columns.first() * columns.stride + b,
-                   columns.stride, row, out.row, fill);
+        gather_row(exists ? plane + int64_t{y} * in.row : plane, exists ? in.width : 0,
+                   columns.first() * columns.stride + b, columns.stride, row, out.row, fill);
       }
     }
   }

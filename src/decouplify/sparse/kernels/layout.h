@@ -6,10 +6,10 @@
 
 namespace decouplify {
 
-// Planes of one height and width. A plane is one channel, row after row, with `border` columns of zeros between two rows
-// (they are the right border of one and the left border of the next), `border` rows of zeros above and as many below.
-// So a tap of a convolution is a constant offset into flat memory, whatever row a pixel is in. Every kernel writes
-// zeros to the border, or nothing.
+// Planes of one height and width. A plane is one channel, row after row, with `border` columns of zeros between two
+// rows (they are the right border of one and the left border of the next), `border` rows of zeros above and as many
+// below. So a tap of a convolution is a constant offset into flat memory, whatever row a pixel is in. Every kernel
+// writes zeros to the border, or nothing.
 struct Geometry {
   int32_t height, width, border;
   int32_t row;     // floats from one row to the next

@@ -7,6 +7,8 @@ namespace decouplify::DECOUPLIFY_ISA {
 
 // A few vectors of pixels at a time, so that the three passes over their channels stay in the cache.
 struct LayerNorm {
+  static constexpr Activation kIdentity{ActivationKind::kClamp, -__builtin_inff(), __builtin_inff()};
+
   const Norm& norm;
   const ConvolutionCall& call;  // filters: all channels of the output
   const PixelSums& sums;
@@ -32,7 +34,8 @@ struct LayerNorm {
     }
     Vec scale[NV];
     for (int v = 0; v < NV; ++v) {
-      for (int k = 0; k < kLanes; ++k) scale[v][k] = 1.0f / __builtin_sqrtf(variance[v][k] * per_channel + norm.epsilon);
+      const Vec shifted = variance[v] * per_channel + norm.epsilon;
+      for (int k = 0; k < kLanes; ++k) scale[v][k] = 1.0f / __builtin_sqrtf(shifted[k]);
     }
     for (int i = 0, c = 0; c < norm.n_channels; ++c) {
       const bool exists = i < call.n_channels && call.channels[i] == c;
@@ -43,7 +46,7 @@ struct LayerNorm {
       for (int v = 0; v < NV; ++v) centred[v] *= norm.weight[c];
       const TileOutput to{nullptr, nullptr, call.out + c * norm.geometry.plane + at, nullptr, sums.of(thread, c),
                           norm.bias[c]};
-      finish_row<NV>(centred, to, norm.geometry.mask + position, {ActivationKind::kClamp, -__builtin_inff(), __builtin_inff()});
+      finish_row<NV>(centred, to, norm.geometry.mask + position, kIdentity);
     }
   }
 

@@ -1,7 +1,7 @@
 // Convolution on a packed copy of its inputs: every tap of every existing channel becomes a row of pixels without gaps.
 //
-// Planes of 7 x 7 or 14 x 14 fill vectors badly, border columns and all. Packed, 49 pixels are three vectors and one pixel
-// more, whose value is a dot product along the filter's own weights.
+// Planes of 7 x 7 or 14 x 14 fill vectors badly, border columns and all. Packed, 49 pixels are three vectors and one
+// pixel more, whose value is a dot product along the filter's own weights.
 #pragma once
 
 #include "direct.h"
@@ -82,8 +82,8 @@ struct Packed {
       next_weights[i - n0] = conv.weight + call.filters[(i + n1 - n0) % call.n_filters] * n_weights();
     }
     const int64_t stride = (kTileVectors + 1) * kLanes;
-    multiply_for<true>(n1 - n0, n_vectors)(x + int64_t{v0} * n_rows() * kLanes, columns, n_rows(), weights, next_weights,
-                                           products, stride);
+    const float* inputs = x + int64_t{v0} * n_rows() * kLanes;
+    multiply_for<true>(n1 - n0, n_vectors)(inputs, columns, n_rows(), weights, next_weights, products, stride);
     const bool is_last = tile + 1 == n_tiles();
     const int n = is_last ? n_pixels() - v0 * kLanes : n_vectors * kLanes;
     for (int i = n0; i < n1; ++i) {

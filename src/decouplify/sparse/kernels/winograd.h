@@ -1,11 +1,11 @@
-// Winograd convolution with run-time lists of filters and channels (Lavin & Gray, 2016): F(m x m, 3 x 3) for stride 1, and
-// F(4 x 4, 4 x 4) on the four phases of a convolution with stride 2.
+// Winograd convolution with run-time lists of filters and channels (Lavin & Gray, 2016): F(m x m, 3 x 3) for stride 1,
+// and F(4 x 4, 4 x 4) on the four phases of a convolution with stride 2.
 //
 // An open filter is a run of rows of the transformed weights (filters, points, channels); an existing channel is one
 // index in the innermost loop. So selection happens after the transform, and nothing is packed.
 //
-// F(4 x 4) uses the points 0, +-5/8, +-3/2, infinity. The textbook's 0, +-1, +-2 lose four times more accuracy at the same
-// cost; both of ours are exact in binary.
+// F(4 x 4, 3 x 3) uses the points 0, +-5/8, +-3/2, infinity. The textbook's 0, +-1, +-2 lose four times more accuracy
+// at the same cost; ours are exact in binary as well.
 #pragma once
 
 #include "direct.h"
@@ -26,7 +26,9 @@ struct Transform2 {
   DECOUPLIFY_INLINE void input(const Vec (&d)[4], Vec (&t)[4]) {
     t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
   }
-  DECOUPLIFY_INLINE void output(const Vec (&m)[4], Vec (&y)[2]) { y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3]; }
+  DECOUPLIFY_INLINE void output(const Vec (&m)[4], Vec (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3];
+  }
   // Pixels of tiles back to runs of consecutive pixels.
   DECOUPLIFY_INLINE void to_runs(const Vec (&y)[2], Vec (&run)[2]) {
     run[0] = zip_low(y[0], y[1]), run[1] = zip_high(y[0], y[1]);
@@ -261,7 +263,8 @@ struct Winograd {
     }
   }
 
-  DECOUPLIFY_INLINE_MEMBER void finish_run(Vec pixels, const Run& run, int row, const TileOutput& to, Vec& total) const {
+  DECOUPLIFY_INLINE_MEMBER void finish_run(Vec pixels, const Run& run, int row, const TileOutput& to,
+                                           Vec& total) const {
     if (!run.exists || run.y + row >= conv.out.height) return;
     const int64_t at = int64_t{run.y + row} * conv.out.row + run.x;
     const int n = conv.out.width - run.x;
