@@ -54,6 +54,7 @@ class Map:
         channels: Planes, or elements of a vector.
         size: Height and width of a plane; None for a vector.
         bounds: The smallest and the largest value it can hold, as far as it is known.
+        channels_last: Whether channels are the last dimension of the tensor it stands for. Planes lie the same.
         base: The map in whose memory this one lies, if any.
         offset: Where it begins there, in planes.
     """
@@ -62,8 +63,14 @@ class Map:
     channels: int
     size: tuple[int, int] | None
     bounds: tuple[float, float] = (-math.inf, math.inf)
+    channels_last: bool = False
     base: Map | None = None
     offset: int = 0
+
+    @property
+    def is_planar(self) -> bool:
+        """Whether this is a feature map of shape (1, C, H, W)."""
+        return self.size is not None and not self.channels_last
 
     def storage(self) -> tuple[Map, int]:
         """The map that owns the memory, and where this one begins in it."""
@@ -131,6 +138,7 @@ class Step:
     clears: bool = False
     counts_padding: bool = False
     reads_part: bool = False
+    epsilon: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -185,14 +193,14 @@ class Draft:
         items: What happens, in order.
         gates: Filters of each gate, and the node that decides it.
         loads: For each slot that torch fills, the node whose value goes there.
-        stores: For each slot that the engine fills, the node whose value comes from there, and its shape.
+        stores: For each slot that the engine fills, the node whose value comes from there, and its map.
         always_open: Controllers that need not run, because they open every filter whatever they see.
     """
 
     items: list[Item] = field(default_factory=list)
     gates: list[tuple[Node, int]] = field(default_factory=list)
     loads: dict[int, Node] = field(default_factory=dict)
-    stores: dict[int, tuple[Node, tuple[int, ...]]] = field(default_factory=dict)
+    stores: dict[int, tuple[Node, Map]] = field(default_factory=dict)
     always_open: list[Node] = field(default_factory=list)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ class Program:
         self._stretches = list(_stretches(self.draft.items, whole=fuse))
         self._idle: list[native.Workspace] = []
         self._lock = threading.Lock()
-        self._node_of_gate = [node for node, _ in self.draft.gates]
+        self.torch_seconds: dict[Node, float] = {}  # of the last image, by node that torch runs
 
     @property
     def plan(self) -> native.Plan:
@@ -108,12 +109,13 @@ class Program:
         """How convolutions are computed and what torch runs, a line each."""
         algorithms = Counter(s.algorithm for s in self.steps if s.kind is StepKind.CONVOLUTION)
         named = dict(zip(Algorithm, ("direct", "packed", "F(2,3)", "F(4,3)", "F(4,4)"), strict=True))
+        cost = f" ({1e3 * sum(self.torch_seconds.values()):.2f} ms of the last image)" if self.torch_seconds else ""
         in_torch = Counter(name_of_call(self.module, i.node) for i in self.draft.items if isinstance(i, TorchCall))
         return [
             f"engine: {len(self.steps)} steps in {sum(isinstance(s, _Stretch) for s in self._stretches)} calls",
             "convolutions: " + (", ".join(f"{n} {named[a]}" for a, n in algorithms.most_common()) or "none"),
             f"controllers: {len(self.draft.gates)} run, {len(self.draft.always_open)} gates always open",
-            "run by torch: " + (", ".join(f"{n} {name}" for name, n in in_torch.most_common()) or "nothing"),
+            "run by torch: " + (", ".join(f"{n} {name}" for name, n in in_torch.most_common()) or "nothing") + cost,
         ]
 
     @contextmanager
@@ -228,17 +230,20 @@ class _Run:
                 self.values[node] = self.values[node].contiguous()
                 addresses[step.slot] = self.values[node].data_ptr()
             elif step.kind is StepKind.STORE:
-                node, shape = self.draft.stores[step.slot]
-                self.values[node] = torch.empty(shape)
-                addresses[step.slot] = self.values[node].data_ptr()
+                node, stored = self.draft.stores[step.slot]
+                value = torch.empty((1, stored.channels, *stored.size) if stored.size else stored.shape)
+                addresses[step.slot] = value.data_ptr()
+                self.values[node] = value.permute(0, 2, 3, 1) if stored.channels_last else value
         return native.slots_of(addresses)
 
     def _call_torch(self, node: Node) -> None:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        start = time.perf_counter()
         if node.op == "call_module":
             value = self.program.module.get_submodule(str(node.target))(*args, **kwargs)
         else:
             value = node.target(*args, **kwargs)  # type: ignore[operator]  # an operator
+        self.program.torch_seconds[node] = time.perf_counter() - start
         self.values[node] = self.forced.get(node.name, value)
         if self.observer is not None and isinstance(value, Tensor):
             self.observer(node.name, value.clone())
@@ -283,7 +288,7 @@ def _native_step(i: int, step: Step, placement: Placement, kept: dict[str, Tenso
         slot=step.slot, position=step.position, algorithm=native.Algorithm.DIRECT, window=step.window,
         groups=step.groups, activated=_activated(step), clears=step.clears, counts_padding=step.counts_padding,
         kernel=step.sliding.kernel, stride=step.sliding.stride, padding=step.sliding.padding,
-        dilation=step.sliding.dilation, activation=_native_act(step.act),
+        dilation=step.sliding.dilation, activation=_native_act(step.act), epsilon=step.epsilon,
     )  # fmt: skip
     for name, tensor in step.weights.items():
         kept[f"{name} {i}"] = tensor

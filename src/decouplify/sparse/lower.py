@@ -63,7 +63,8 @@ def lower(trace: Trace, matching: Matching, decoupling: Decoupling) -> Lowered:
     """The sparse form of a recorded run.
 
     Args:
-        trace: The run of the unwrapped model in eval mode; its tensors are read, not kept.
+        trace: The run of the unwrapped model in eval mode. Its tensors are kept where no norm is folded into them, so
+            they must not change afterwards.
         matching: Its sites; gate names must be those of ``decoupling``.
         decoupling: The controllers, which are copied.
     """
@@ -196,7 +197,7 @@ class _Lowering:
         bias_node = aten.argument(fused.conv, "bias")
         bias = weight.new_zeros(len(weight)) if bias_node is None else self.static[bias_node]
         if fused.norm is None:
-            return weight.detach().clone(), bias.detach().clone()
+            return weight.detach(), bias.detach()
         scale, shift = self._scale_and_shift(fused.norm)
         folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
         return folded.to(weight.dtype), (bias.double() * scale + shift).to(weight.dtype)

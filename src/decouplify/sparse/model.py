@@ -76,6 +76,7 @@ class SparseModel(nn.Module):
         decoupling = snapshot.decoupling
         assert isinstance(decoupling, Decoupling)
         self.plan, self.mode, self._habits = decoupling.plan, mode, habits
+        _put_features_first(snapshot)
         # In a list, because the snapshot is material for lowering and not a part of this module.
         self._source = [unwrap(snapshot).eval()]
         self._decoupling = [decoupling.eval()]
@@ -232,6 +233,13 @@ class _Observing(Interpreter):
             # In-place operators that follow would change what the observer has seen.
             self._observer(n.name, value.clone())
         return self._replaced.get(n.name, value)
+
+
+def _put_features_first(snapshot: nn.Module) -> None:
+    """Lay linear weights out as ``SparseLinear`` wants them, so that it need not keep a second copy of each."""
+    for module in snapshot.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:

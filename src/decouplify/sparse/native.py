@@ -58,8 +58,9 @@ class StepKind(IntEnum):
     FLATTEN = 8
     LINEAR = 9
     CONTROL = 10
-    MASK = 11
-    EXPAND = 12
+    NORM = 11
+    MASK = 12
+    EXPAND = 13
 
 
 class WindowKind(IntEnum):
@@ -138,6 +139,7 @@ class Step(Structure):
         *((name, c_int32) for name in ("activated", "clears", "counts_padding")),
         *((name, _Pair) for name in ("kernel", "stride", "padding", "dilation")),
         ("activation", Activation),
+        ("epsilon", c_float),
         *((name, c_void_p) for name in ("weight", "bias", "weight2", "bias2", "transformed")),
     )
 

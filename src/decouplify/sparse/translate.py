@@ -116,7 +116,7 @@ class _Translation:
             return
         if node in self.maps:
             slot = self.draft.n_slots
-            self.draft.stores[slot] = (node, self.maps[node].shape)
+            self.draft.stores[slot] = (node, self.maps[node])
             self.draft.items.append(Step(StepKind.STORE, node.name, node, input=self.maps[node], slot=slot))
         elif self.gates.get(node, _ALWAYS_OPEN) != _ALWAYS_OPEN:
             self.draft.items.append(ReadGate(self.gates[node], node))
@@ -184,8 +184,8 @@ class _Translation:
             self.gates[node] = _ALWAYS_OPEN
             self.draft.always_open.append(node)
             return
-        x = self.map_of(node.args[0]) if controller.input_axis == 1 else None
-        if x is None:
+        x = self.map_of(node.args[0])
+        if x is None or not _has_channels_at(x, controller.input_axis):
             return
         self._add_gate(node, controller.fc2.out_features)
         self.emit(StepKind.CONTROL, node, input=x, gate=self.gates[node], weights=_controller_weights(controller))
@@ -193,12 +193,12 @@ class _Translation:
     def mask(self, node: Node) -> Map | None:
         """A gate on a value: its closed channels exist no longer."""
         x = self.map_of(node.args[0])
-        if x is None or self.modules[str(node.target)].axis != 1 or x.size is None:
+        if x is None or not _has_channels_at(x, self.modules[str(node.target)].axis):
             return None
         gate = self.gate_of(node.args[1])
         if gate == _ALWAYS_OPEN:
             return x
-        y = Map(x.shape, x.channels, x.size, _with_zero(x.bounds), base=x)
+        y = Map(x.shape, x.channels, x.size, _with_zero(x.bounds), x.channels_last, base=x)
         self.emit(StepKind.MASK, node, input=x, output=y, gate=gate)
         return y
 
@@ -206,9 +206,9 @@ class _Translation:
         """A convolution with what follows it directly: sum and activation."""
         conv = self.modules[str(node.target)]
         act, x = act_of(conv.activation), self.map_of(node.args[0])
-        if act is None or x is None or x.size is None:
+        if act is None or x is None or not x.is_planar:
             return None
-        sliding = _sliding_of(conv, x.size)
+        sliding = _sliding_of(conv)
         y = _new_map(tuple(node.meta["val"].shape), act)
         gate = self.gate_of(node.args[1])
         weights = {"weight": conv.weight.contiguous(), "bias": conv.bias.contiguous()}
@@ -258,7 +258,7 @@ class _Translation:
         others = [n for n in add.all_input_nodes if n is not step.node]
         other = self.maps.get(others[0]) if len(others) == 1 else None
         assert step.output is not None
-        if other is None or other.shape != step.output.shape:
+        if other is None or not other.is_planar or other.shape != step.output.shape:
             return
         step.other = other
         self._absorb(step, add)
@@ -279,9 +279,11 @@ class _Translation:
         self.done.add(node)
 
     def linear(self, node: Node) -> Map | None:
-        """A linear layer on one vector."""
+        """A linear layer on one vector, or on every pixel of a map whose channels are last."""
         layer = self.modules[str(node.target)]
         act, x = act_of(layer.activation), self.map_of(node.args[0])
+        if act is not None and x is not None and x.channels_last:
+            return self._pointwise(node, x, act)
         if act is None or x is None or x.size is not None or len(x.shape) != 2 or node.args[1] is not None:
             return None
         y = _new_map((1, len(layer.weight)), act)
@@ -289,12 +291,66 @@ class _Translation:
         self.emit(StepKind.LINEAR, node, input=x, output=y, act=act, weights=weights)
         return y
 
+    def _pointwise(self, node: Node, x: Map, act: Act) -> Map:
+        """A linear layer as the 1x1 convolution that it is."""
+        layer = self.modules[str(node.target)]
+        gate = self.gate_of(node.args[1])
+        bounds = act.bounds if gate == _ALWAYS_OPEN else _with_zero(act.bounds)
+        y = Map((*x.shape[:3], len(layer.weight)), len(layer.weight), x.size, bounds, channels_last=True)
+        weights = {"weight": layer.weight.contiguous(), "bias": layer.bias.contiguous()}
+        reads_part = node.args[2] is not None
+        self.emit(
+            StepKind.CONVOLUTION, node, input=x, output=y, gate=gate, act=act, weights=weights, reads_part=reads_part
+        )
+        return y
+
+    def permute(self, node: Node) -> Map | None:
+        """Channels to the end and back, which moves nothing: only the name of the dimensions changes."""
+        x = self.map_of(node.args[0])
+        wanted = [0, 3, 1, 2] if x is not None and x.channels_last else [0, 2, 3, 1]
+        if x is None or x.size is None or [d % 4 for d in aten.argument(node, "dims")] != wanted:
+            return None
+        y = Map(tuple(node.meta["val"].shape), x.channels, x.size, x.bounds, not x.channels_last, base=x)
+        self.emit(StepKind.MASK, node, input=x, output=y)
+        return y
+
+    def layer_norm(self, node: Node) -> Map | None:
+        """A norm over the channels of each pixel."""
+        x = self.map_of(node.args[0])
+        if x is None or not x.channels_last or list(aten.argument(node, "normalized_shape")) != [x.channels]:
+            return None
+        weight, bias = (self.constant(aten.argument(node, name)) for name in ("weight", "bias"))
+        weights = {
+            "weight": torch.ones(x.channels) if weight is None else weight.contiguous(),
+            "bias": torch.zeros(x.channels) if bias is None else bias.contiguous(),
+        }
+        y = Map(x.shape, x.channels, x.size, channels_last=True)
+        self.emit(StepKind.NORM, node, input=x, output=y, weights=weights, epsilon=float(aten.argument(node, "eps")))
+        return y
+
+    def multiply(self, node: Node) -> Map | None:
+        """A constant factor per channel."""
+        factors = [c for arg in node.args[:2] if (c := self.constant(arg)) is not None]
+        maps = [m for arg in node.args[:2] if (m := self.map_of(arg)) is not None]
+        if len(factors) != 1 or len(maps) != 1 or maps[0].size is None:
+            return None
+        x, factor = maps[0], factors[0]
+        wanted = (x.channels,) if x.channels_last else (x.channels, 1, 1)
+        if tuple(factor.shape[-len(wanted) :]) != wanted or factor.numel() != x.channels:
+            return None
+        y = Map(x.shape, x.channels, x.size, channels_last=x.channels_last)
+        weights = {"weight": factor.flatten().contiguous(), "bias": torch.zeros(x.channels)}
+        self.emit(StepKind.SCALE, node, input=x, output=y, weights=weights)
+        return y
+
     def add(self, node: Node) -> Map | None:
         """A sum of two maps."""
         x, other = (self.map_of(arg) for arg in node.args[:2])
-        if x is None or other is None or x.size is None or x.shape != other.shape or not _is_plain_add(node):
+        if x is None or other is None or x.size is None or not _is_plain_add(node):
             return None
-        y = _new_map(x.shape)
+        if (x.shape, x.channels_last) != (other.shape, other.channels_last):
+            return None
+        y = Map(x.shape, x.channels, x.size, channels_last=x.channels_last)
         step = self.emit(StepKind.ADD, node, input=x, other=other, output=y)
         self._fuse_activation(step, node)
         return y
@@ -304,7 +360,7 @@ class _Translation:
         x, act = self.map_of(node.args[0]), _act_of_node(node)
         if x is None or x.size is None or act is None or not aten.is_zero_preserving(node):
             return None
-        y = _new_map(x.shape, act)
+        y = Map(x.shape, x.channels, x.size, act.bounds, x.channels_last)
         ones, zeros = torch.ones(x.channels), torch.zeros(x.channels)
         self.emit(StepKind.SCALE, node, input=x, output=y, act=act, weights={"weight": ones, "bias": zeros})
         return y
@@ -313,7 +369,7 @@ class _Translation:
         """A batch norm that no convolution could take in."""
         mean, var = (self.constant(aten.argument(node, name)) for name in ("running_mean", "running_var"))
         x = self.map_of(node.args[0])
-        if mean is None or var is None or x is None or x.size is None or aten.argument(node, "training"):
+        if mean is None or var is None or x is None or not x.is_planar or aten.argument(node, "training"):
             return None
         gamma, beta = (self.constant(aten.argument(node, name)) for name in ("weight", "bias"))
         scale = torch.rsqrt(var.double() + float(aten.argument(node, "eps")))
@@ -337,7 +393,7 @@ class _Translation:
 
     def _pool(self, node: Node, window: WindowKind) -> Map | None:
         x = self.map_of(node.args[0])
-        if x is None or x.size is None:
+        if x is None or not x.is_planar:
             return None
         kernel = _pair(aten.argument(node, "kernel_size"))
         stride = _pair(aten.argument(node, "stride") or kernel)
@@ -355,7 +411,7 @@ class _Translation:
         """A mean over all positions; or over windows of one element, which changes nothing."""
         x = self.map_of(node.args[0])
         shape = tuple(node.meta["val"].shape)
-        if x is None or x.size is None:
+        if x is None or not x.is_planar:
             return None
         if shape == x.shape:
             return x
@@ -374,7 +430,7 @@ class _Translation:
         shape = tuple(value.shape)
         if shape == x.shape:
             return x
-        if len(shape) != 2 or shape[0] != 1:
+        if len(shape) != 2 or shape[0] != 1 or x.channels_last:
             return None
         y = Map(shape, shape[1], None, _with_zero(x.bounds))
         self.emit(StepKind.FLATTEN, node, input=x, output=y)
@@ -389,7 +445,7 @@ class _Translation:
         """Channels side by side."""
         operands: Any = node.args[0]
         parts = [self.map_of(part) for part in operands]
-        if any(p is None or p.size is None for p in parts) or int(aten.argument(node, "dim", 0)) not in (1, -3):
+        if any(p is None or not p.is_planar for p in parts) or int(aten.argument(node, "dim", 0)) not in (1, -3):
             return None
         maps = [p for p in parts if p is not None]
         y = _new_map(tuple(node.meta["val"].shape))
@@ -404,7 +460,7 @@ class _Translation:
         """Zeros around the pixels, or before and after the channels."""
         x = self.map_of(node.args[0])
         pad = [*map(int, aten.argument(node, "pad")), 0, 0, 0, 0, 0, 0]
-        if x is None or x.size is None or not _pads_zeros(node) or min(pad) < 0 or any(pad[6:]):
+        if x is None or not x.is_planar or not _pads_zeros(node) or min(pad) < 0 or any(pad[6:]):
             return None
         return self._copy(node, x, Sliding(padding=(pad[2], pad[0])), position=pad[4])
 
@@ -412,7 +468,7 @@ class _Translation:
         """Every n-th row or column."""
         x = self.map_of(node.args[0])
         dim, start, step = (aten.argument(node, name) for name in ("dim", "start", "step"))
-        if x is None or x.size is None or dim not in (2, 3) or (start or 0) < 0:
+        if x is None or not x.is_planar or dim not in (2, 3) or (start or 0) < 0:
             return None
         axis = dim - 2
         stride, padding = [1, 1], [0, 0]
@@ -449,6 +505,9 @@ _RULES: dict[Any, _Rule] = {
     "pad": _Translation.pad,
     "constant_pad_nd": _Translation.pad,
     "slice": _Translation.part,
+    "permute": _Translation.permute,
+    "layer_norm": _Translation.layer_norm,
+    "mul": _Translation.multiply,
     **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "_unsafe_view"), _Translation.reshape),
     **dict.fromkeys(aten.IDENTITIES, _Translation.identity),
     **dict.fromkeys(aten.ACTIVATIONS, _Translation.activation),
@@ -523,7 +582,7 @@ def _controller_weights(controller: Any) -> dict[str, Tensor]:
     }
 
 
-def _sliding_of(conv: SparseConv2d, size: tuple[int, int]) -> Sliding:
+def _sliding_of(conv: SparseConv2d) -> Sliding:
     kernel, stride, dilation = _pair(conv.weight.shape[2:]), _pair(conv.stride), _pair(conv.dilation)
     if conv.padding == "valid":
         padding = (0, 0)
@@ -549,6 +608,10 @@ def _shape_of_map(value: Any) -> tuple[int, ...] | None:
     if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() not in (2, 4):
         return None
     return tuple(value.shape) if value.shape[0] == 1 and value.numel() > 0 else None
+
+
+def _has_channels_at(x: Map, axis: int) -> bool:
+    return x.channels_last == (axis == -1) if x.size is not None else axis == 1
 
 
 def _with_zero(bounds: tuple[float, float]) -> tuple[float, float]:

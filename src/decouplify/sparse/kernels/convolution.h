@@ -55,6 +55,14 @@ struct WindowCall {
   int32_t n_threads;
 };
 
+// Layer norm over channels, of maps of one geometry.
+struct Norm {
+  int32_t n_channels;
+  const float *weight, *bias;  // (channels)
+  float epsilon;
+  Geometry geometry;
+};
+
 // Kernels of one instruction set. A plane is given by its first float, borders included.
 struct Kernels {
   const char* name;
@@ -70,6 +78,8 @@ struct Kernels {
   // out = activation(a * scale + shift), where a may be null for zero. Returns the sum over the pixels.
   float (*scale)(const float* a, float scale, float shift, float* out, const Geometry&, Activation);
   float (*sum)(const float* a, const Geometry&);
+  // Of the call it reads the lists of channels and filters (all), the planes, the sums and the number of threads.
+  void (*normalise)(const Norm&, const ConvolutionCall&, Scratch&);
   // y = activation(bias + sum over i of x[i] * weight[i]), weight (inputs, outputs); an input that is zero costs nothing.
   void (*linear)(const float* weight, const float* bias, const float* x, int n_inputs, float* y, int n_outputs,
                  Activation, int n_threads);

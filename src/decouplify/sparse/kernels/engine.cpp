@@ -128,6 +128,7 @@ class Run {
       case kFlatten: flatten(s); break;
       case kLinear: linear(s); break;
       case kControl: return control(s);
+      case kNorm: normalise(s); break;
       case kMask: mask(s); break;
       case kExpand: expand(s); break;
     }
@@ -398,6 +399,16 @@ class Run {
     }
     workspace_.gates[s.gate].assign([&](int32_t f) { return logits[f] > 0; });
     return kDone;
+  }
+
+  void normalise(const decouplify_step& s) const {
+    const Channels &in = live(s.input), &all = open(s);
+    const decouplify::Norm norm{all.n, s.weight, s.bias, s.epsilon, plan_.geometry(s.input)};
+    kernels_.normalise(norm,
+                       {data(s.input), in.list.data(), in.n, data(s.output), all.list.data(), all.n, nullptr, nullptr,
+                        sums(s.output), n_threads_},
+                       workspace_.scratch);
+    live(s.output).fill();
   }
 
   void mask(const decouplify_step& s) const {

@@ -41,6 +41,7 @@ enum StepKind : int32_t {
   kFlatten,      // vector output <- input in the order channel, row, column
   kLinear,       // vector output <- activation(weight^T input + bias)
   kControl,      // gate <- controller of input: weight, bias, weight2, bias2
+  kNorm,         // output <- layer norm of input over channels: weight, bias, epsilon
   kMask,         // output (in the same memory) <- input restricted to the open filters of gate
   kExpand,       // output <- depthwise convolution of a 1x1 convolution of input: weight, bias; weight2, bias2
 };
@@ -53,6 +54,7 @@ struct decouplify_step {
   int32_t counts_padding;  // kWindow: whether an average counts the padding
   int32_t kernel[2], stride[2], padding[2], dilation[2];
   decouplify::Activation activation;
+  float epsilon;
   const float *weight, *bias, *weight2, *bias2, *transformed;
 };
 

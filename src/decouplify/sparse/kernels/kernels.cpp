@@ -3,6 +3,7 @@
 #include "elementwise.h"
 #include "expand.h"
 #include "linear.h"
+#include "norm.h"
 #include "packed.h"
 #include "window.h"
 #include "winograd.h"
@@ -37,7 +38,7 @@ static void transform(Algorithm algorithm, const float* weight, int n_filters, i
 
 const Kernels& kernels() {
   static constexpr Kernels table{DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve,    slide,     expand_and_slide, transform,
-                                 add_planes,                        scale_plane, sum_plane, linear};
+                                 add_planes,                        scale_plane, sum_plane, normalise,        linear};
   return table;
 }
 

@@ -1,0 +1,67 @@
+// Layer norm over the channels of each pixel.
+#pragma once
+
+#include "direct.h"
+
+namespace decouplify::DECOUPLIFY_ISA {
+
+// A few vectors of pixels at a time, so that the three passes over their channels stay in the cache.
+struct LayerNorm {
+  const Norm& norm;
+  const ConvolutionCall& call;  // filters: all channels of the output
+  const PixelSums& sums;
+
+  const float* input(int i, int64_t at) const { return call.in + call.channels[i] * norm.geometry.plane + at; }
+
+  template <int NV>
+  void run_tile(int64_t position, int thread) const {
+    const int64_t at = norm.geometry.origin + position;
+    Vec mean[NV] = {}, variance[NV] = {};
+    for (int i = 0; i < call.n_channels; ++i) {
+      for (int v = 0; v < NV; ++v) mean[v] += load(input(i, at) + v * kLanes);
+    }
+    const float per_channel = 1.0f / static_cast<float>(norm.n_channels);
+    // A channel that does not exist is zero, and counts.
+    const float n_missing = static_cast<float>(norm.n_channels - call.n_channels);
+    for (int v = 0; v < NV; ++v) mean[v] *= per_channel, variance[v] = mean[v] * mean[v] * n_missing;
+    for (int i = 0; i < call.n_channels; ++i) {
+      for (int v = 0; v < NV; ++v) {
+        const Vec difference = load(input(i, at) + v * kLanes) - mean[v];
+        variance[v] += difference * difference;
+      }
+    }
+    Vec scale[NV];
+    for (int v = 0; v < NV; ++v) {
+      for (int k = 0; k < kLanes; ++k) scale[v][k] = 1.0f / __builtin_sqrtf(variance[v][k] * per_channel + norm.epsilon);
+    }
+    for (int i = 0, c = 0; c < norm.n_channels; ++c) {
+      const bool exists = i < call.n_channels && call.channels[i] == c;
+      const float* x = exists ? input(i, at) : nullptr;
+      i += exists;
+      Vec centred[NV];
+      for (int v = 0; v < NV; ++v) centred[v] = (exists ? load(x + v * kLanes) - mean[v] : -mean[v]) * scale[v];
+      for (int v = 0; v < NV; ++v) centred[v] *= norm.weight[c];
+      const TileOutput to{nullptr, nullptr, call.out + c * norm.geometry.plane + at, nullptr, sums.of(thread, c),
+                          norm.bias[c]};
+      finish_row<NV>(centred, to, norm.geometry.mask + position, {ActivationKind::kClamp, -__builtin_inff(), __builtin_inff()});
+    }
+  }
+
+  void run() const {
+    const int n_vectors = divide_up((norm.geometry.height - 1) * norm.geometry.row + norm.geometry.width, kLanes);
+    parallel(call.n_threads, divide_up(n_vectors, 4), [&](int begin, int end, int thread) {
+      int v = begin * 4;
+      const int last = smaller(end * 4, n_vectors);
+      for (; v + 4 <= last; v += 4) run_tile<4>(int64_t{v} * kLanes, thread);
+      for (; v < last; ++v) run_tile<1>(int64_t{v} * kLanes, thread);
+    });
+  }
+};
+
+static void normalise(const Norm& norm, const ConvolutionCall& call, Scratch& scratch) {
+  const PixelSums sums(call, scratch);
+  LayerNorm{norm, call, sums}.run();
+  sums.finish();
+}
+
+}  // namespace decouplify::DECOUPLIFY_ISA
