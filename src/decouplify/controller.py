@@ -29,9 +29,9 @@ def improved_semhash(g: Tensor, noise: float = 1.0) -> Tensor:
 
 
 def straight_through(t: Tensor, soft: Tensor) -> Tensor:
-    """``1[t > 0]`` with the gradient of ``soft``; ``soft`` itself where ``t`` is NaN."""
-    hard = torch.where(t.isnan(), t, (t > 0).to(t.dtype))
-    return soft + (hard - soft).detach()
+    """``1[t > 0]`` with the gradient of ``soft``; NaN where ``t`` is NaN."""
+    # soft - soft is exactly 0, so the value is exactly hard; soft + (hard - soft) would be rounded.
+    return binarise(t) + (soft - soft.detach())
 
 
 def _random_half(n: int, device: torch.device) -> Tensor:

@@ -1,0 +1,126 @@
+"""Detectors: from what is seen of an image to how adversarial it looks.
+
+The three of the paper are scikit-learn's; the fourth only measures distances to what is typical for a class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decouplify._optional import import_optional
+
+__all__ = ["DETECTORS", "Detector", "PrototypeDetector", "SklearnDetector", "detector_named"]
+
+Features = NDArray[np.float32]
+
+
+class Detector(Protocol):
+    """Tells clean from adversarial images, given what is seen of them and the classes they are taken for."""
+
+    def fit(self, features: Features, preds: NDArray[np.int64], adversarial: NDArray[np.bool_]) -> None:
+        """Learn from features (N, D), predicted classes (N,) and the truth (N,)."""
+
+    def score(self, features: Features, preds: NDArray[np.int64]) -> NDArray[np.float64]:
+        """How adversarial each image looks, shape (N,): the higher the more; above 0 means "adversarial"."""
+
+
+class SklearnDetector:
+    """A classifier of scikit-learn; the score is its probability of "adversarial" minus 1/2.
+
+    Args:
+        classifier: Any classifier with ``fit`` and ``predict_proba``.
+    """
+
+    def __init__(self, classifier: Any) -> None:
+        self.classifier = classifier
+        self._varying: NDArray[np.intp] = np.zeros(0, np.intp)
+
+    def fit(self, features: Features, preds: NDArray[np.int64], adversarial: NDArray[np.bool_]) -> None:
+        """Learn from features (N, D); columns that never change are left out."""
+        self._varying = np.flatnonzero((features != features[:1]).any(0))
+        if len(self._varying):
+            self.classifier.fit(features[:, self._varying], adversarial)
+
+    def score(self, features: Features, preds: NDArray[np.int64]) -> NDArray[np.float64]:
+        """See ``Detector``; 0 for all where the training images could not be told apart."""
+        if not len(self._varying):
+            return np.zeros(len(features))
+        probability: NDArray[np.float64] = self.classifier.predict_proba(features[:, self._varying])[:, 1]
+        return probability - 0.5
+
+
+class PrototypeDetector:
+    """Distance to what is typical of the predicted class, minus distance to the nearest other class.
+
+    Prototypes are the means of clean training images, by predicted class; distances are mean squares over features,
+    each scaled to its standard deviation among clean images unless it is a bit. An adversarial image tends to be far
+    from its new class and near its old one. Adversarial training images only place the threshold.
+    """
+
+    def __init__(self) -> None:
+        self._prototypes: dict[int, Features] = {}
+        self._scale: Features = np.ones(1, np.float32)
+        self._threshold = 0.0
+
+    def fit(self, features: Features, preds: NDArray[np.int64], adversarial: NDArray[np.bool_]) -> None:
+        """See ``Detector``."""
+        clean, classes = features[~adversarial], preds[~adversarial]
+        is_bits = bool(np.isin(clean, (0, 1)).all())
+        spread = clean.std(0)
+        self._scale = np.ones(1, np.float32) if is_bits else np.where(spread > 0, spread, 1).astype(np.float32)
+        self._prototypes = {int(c): (clean[classes == c] / self._scale).mean(0) for c in np.unique(classes)}
+        scores = self._raw(features, preds)
+        self._threshold = float((scores[adversarial].mean() + scores[~adversarial].mean()) / 2)
+
+    def score(self, features: Features, preds: NDArray[np.int64]) -> NDArray[np.float64]:
+        """See ``Detector``."""
+        return self._raw(features, preds) - self._threshold
+
+    def _raw(self, features: Features, preds: NDArray[np.int64]) -> NDArray[np.float64]:
+        scaled = features / self._scale
+        distances = np.stack([np.square(scaled - p).mean(1) for p in self._prototypes.values()], 1).astype(np.float64)
+        own = preds[:, None] == np.array(list(self._prototypes))  # (N, classes)
+        others = np.where(own, np.inf, distances).min(1)
+        # A class that no clean training image had is unlike all that is known.
+        mine = np.where(own.any(1), np.where(own, distances, 0).sum(1), distances.max(1))
+        return mine - np.where(np.isfinite(others), others, 0)
+
+
+def _random_forest(seed: int) -> Detector:
+    ensemble = import_optional("sklearn.ensemble", "a random forest")
+    return SklearnDetector(ensemble.RandomForestClassifier(100, random_state=seed))
+
+
+def _adaboost(seed: int) -> Detector:
+    ensemble = import_optional("sklearn.ensemble", "AdaBoost")
+    return SklearnDetector(ensemble.AdaBoostClassifier(n_estimators=50, random_state=seed))
+
+
+def _gradient_boosting(seed: int) -> Detector:
+    """Each split looks at the square root of the features: on thousands of bits minutes become seconds."""
+    ensemble = import_optional("sklearn.ensemble", "gradient boosting")
+    return SklearnDetector(ensemble.GradientBoostingClassifier(max_features="sqrt", random_state=seed))
+
+
+DETECTORS: dict[str, Callable[[int], Detector]] = {
+    "random_forest": _random_forest,
+    "adaboost": _adaboost,
+    "gradient_boosting": _gradient_boosting,
+    "prototype": lambda seed: PrototypeDetector(),
+}
+
+
+def detector_named(name: str, seed: int = 0) -> Detector:
+    """A fresh detector: ``random_forest``, ``adaboost``, ``gradient_boosting`` or ``prototype``.
+
+    Raises:
+        ValueError: If there is none of that name.
+        ImportError: If it needs scikit-learn, which is not installed.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"no detector is called {name!r}; there are {', '.join(DETECTORS)}")
+    return DETECTORS[name](seed)
