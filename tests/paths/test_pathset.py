@@ -343,10 +343,13 @@ def test_public_names():
         "LayerStates",
         "PathMap",
         "PathSet",
+        "PseudoThresholds",
         "RunningIdsWarning",
         "class_information",
         "class_prototypes",
         "path_map",
+        "pseudo_paths",
+        "pseudo_thresholds",
         "record",
     ]
     assert all(hasattr(paths_package, name) for name in paths_package.__all__)

@@ -7,6 +7,7 @@ questions itself (rates, filter states, distances); ``path_map`` draws it, ``cla
 from decouplify.paths.information import ClassInformation, class_information, class_prototypes
 from decouplify.paths.maps import PathMap, path_map
 from decouplify.paths.pathset import GroupRates, LayerSpec, PathSet
+from decouplify.paths.pseudo import PseudoThresholds, pseudo_paths, pseudo_thresholds
 from decouplify.paths.record import RunningIdsWarning, record
 from decouplify.paths.states import DYNAMIC, ENERGETIC, SILENT, ActivationHistogram, FilterStates, LayerStates
 
@@ -22,9 +23,12 @@ __all__ = [
     "LayerStates",
     "PathMap",
     "PathSet",
+    "PseudoThresholds",
     "RunningIdsWarning",
     "class_information",
     "class_prototypes",
     "path_map",
+    "pseudo_paths",
+    "pseudo_thresholds",
     "record",
 ]

@@ -46,7 +46,8 @@ class RunningIdsWarning(UserWarning):
 class Decoupling(Protocol):
     """What ``decouplify.wrap`` puts at ``model.decoupling``, as far as recording needs it."""
 
-    plan: Any
+    @property
+    def plan(self) -> Any: ...
 
     def gates(self) -> Mapping[str, Tensor]: ...
     def margins(self) -> Mapping[str, Tensor]: ...
@@ -104,12 +105,12 @@ def record(
     if max_images is not None and max_images < 1:
         raise ValueError(f"record: max_images is {max_images}, wanted at least 1, or None for all")
     decoupling = find_decoupling(model)
-    recorder = _Recorder(
+    recorder = Recorder(
         model=model,
         decoupling=decoupling,
         layers=lay_out((gate.name, gate.n_filters) for gate in decoupling.plan.gates),
         loader=loader,
-        device=_device_of(model) if device is None else torch.device(device),
+        device=device_of(model) if device is None else torch.device(device),
         margins=margins,
         max_images=max_images,
         progress=progress,
@@ -148,8 +149,11 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _Recorder:
-    """One call of ``record``: its arguments, and the two places paths can go to."""
+class Recorder:
+    """One call of ``record``: its arguments, and the two places paths can go to.
+
+    ``decoupling`` is whatever has gates after a forward of ``model``; ``notes`` are added to the manifest.
+    """
 
     model: nn.Module
     decoupling: Decoupling
@@ -159,6 +163,7 @@ class _Recorder:
     margins: bool
     max_images: int | None
     progress: bool | None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def in_memory(self) -> PathSet:
         rows = _Rows()
@@ -188,7 +193,10 @@ class _Recorder:
         _storage.write_manifest(stage, paths.to_dict())
 
     def path_set(self, rows: _Rows, bits: NDArray[np.uint8], margins: NDArray[np.float16] | None) -> PathSet:
-        manifest = _manifest(self.decoupling.plan, self.loader, self.device) | {"n_near_threshold": rows.n_near}
+        manifest = _manifest(self.decoupling.plan, self.loader, self.device) | {
+            "n_near_threshold": rows.n_near,
+            **self.notes,
+        }
         return PathSet(
             bits=bits,
             layers=self.layers,
@@ -248,7 +256,8 @@ _SHUFFLED = (
 )
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer."""
     first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
