@@ -75,7 +75,9 @@ class PGD:
         box = Box((images - self.eps).clamp_min(0), (images + self.eps).clamp_max(1))
         start = box.random_point() if self.random_start else images
         with eval_mode(model):
-            return climb(cross_entropy_of(model, labels, self.targeted), start, box, self.step, self.n_steps, self.decay)
+            return climb(
+                cross_entropy_of(model, labels, self.targeted), start, box, self.step, self.n_steps, self.decay
+            )
 
 
 @dataclass(frozen=True)

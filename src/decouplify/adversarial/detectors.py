@@ -42,8 +42,15 @@ class SklearnDetector:
     def fit(self, features: Features, preds: NDArray[np.int64], adversarial: NDArray[np.bool_]) -> None:
         """Learn from features (N, D); columns that never change are left out."""
         self._varying = np.flatnonzero((features != features[:1]).any(0))
-        if len(self._varying):
+        if not len(self._varying):
+            return
+        try:
             self.classifier.fit(features[:, self._varying], adversarial)
+        except ValueError as error:
+            # What AdaBoost says when clean and adversarial images look the same, as in a placebo.
+            if "worse than random" not in str(error):
+                raise
+            self._varying = self._varying[:0]
 
     def score(self, features: Features, preds: NDArray[np.int64]) -> NDArray[np.float64]:
         """See ``Detector``; 0 for all where the training images could not be told apart."""

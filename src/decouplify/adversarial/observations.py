@@ -44,6 +44,10 @@ class Observation:
     def __len__(self) -> int:
         return len(self.logits)
 
+    def rows(self, index: NDArray[np.intp]) -> Observation:
+        """The chosen images."""
+        return Observation(self.path[index], self.logits[index], self.pooled[index])
+
     @property
     def preds(self) -> NDArray[np.int64]:
         """Predicted class, shape (N,)."""

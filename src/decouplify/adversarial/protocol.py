@@ -6,7 +6,7 @@ draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 from decouplify._optional import import_optional
 from decouplify.adversarial.detectors import Detector
 
-__all__ = ["Protocol", "Score", "Seen", "score_detectors"]
+__all__ = ["Protocol", "Score", "Seen", "TooFewImagesError", "score_detectors"]
 
 _FPR = 0.05
+
+
+class TooFewImagesError(ValueError):
+    """Too few images are classified correctly and attacked with success: give more images, or a stronger attack."""
 
 
 class Seen(NamedTuple):
@@ -96,7 +100,7 @@ def score_detectors(
     trained_on: Seen,
     trainable: NDArray[np.bool_],
     tests: Mapping[str, tuple[Seen, NDArray[np.bool_]]],
-) -> dict[str, list[Score]]:
+) -> dict[str, tuple[Score, ...]]:
     """Train every detector on clean and attacked images, and test it on held-out ones.
 
     Args:
@@ -109,31 +113,35 @@ def score_detectors(
             is tested, neither as clean nor as attacked.
 
     Returns:
-        For each test one score per detector and number of training images.
+        For each test, one score per detector and number of training images. A test that some draw leaves without
+        images is missing.
 
     Raises:
-        ValueError: If a class has no image for training, or a test has none left.
+        TooFewImagesError: If a class has fewer than 2 images for training.
     """
     measured: dict[tuple[str, str, int], list[_Measurement]] = {}
+    for n, run, drawn in _draws(protocol, labels, trainable):
+        held_out = np.ones(len(labels), bool)
+        held_out[drawn] = False
+        for name, make in protocol.detectors.items():
+            detector = make(protocol.seed + run)
+            _fit(detector, clean.rows(drawn), trained_on.rows(drawn))
+            clean_scores = detector.score(*clean)
+            for test, (attacked, counted) in tests.items():
+                rows = np.flatnonzero(held_out & counted)
+                if len(rows):
+                    found = _measure(clean_scores[rows], detector.score(*attacked.rows(rows)), len(drawn))
+                    measured.setdefault((test, name, n), []).append(found)
+    return {test: scores for test in tests if (scores := _summaries(protocol, test, measured))}
+
+
+def _draws(
+    protocol: Protocol, labels: NDArray[np.int64], trainable: NDArray[np.bool_]
+) -> Iterator[tuple[int, int, NDArray[np.intp]]]:
+    """Images per class, number of the run, and the training images drawn for it."""
     for n in protocol.n_per_class:
         for run in range(protocol.repeats):
-            drawn = draw(labels, trainable, n, (protocol.seed, n, run))
-            held_out = np.ones(len(labels), bool)
-            held_out[drawn] = False
-            for name, make in protocol.detectors.items():
-                detector = make(protocol.seed + run)
-                _fit(detector, clean.rows(drawn), trained_on.rows(drawn))
-                scores = _ScoreOnce(detector, clean)
-                for test, (attacked, counted) in tests.items():
-                    rows = np.flatnonzero(held_out & counted)
-                    if not len(rows):
-                        raise ValueError(f"detection: no image of {test!r} is left for testing; give more images")
-                    measurement = _measure(scores(rows), detector.score(*attacked.rows(rows)), len(drawn))
-                    measured.setdefault((test, name, n), []).append(measurement)
-    return {
-        test: [_summary(name, n, measured[test, name, n]) for name in protocol.detectors for n in protocol.n_per_class]
-        for test in tests
-    }
+            yield n, run, draw(labels, trainable, n, (protocol.seed, n, run))
 
 
 def draw(
@@ -142,14 +150,14 @@ def draw(
     """Rows of n training images of every class, sorted; at most half of what a class has, so that some are held out.
 
     Raises:
-        ValueError: If a class has fewer than 2 images to draw from.
+        TooFewImagesError: If a class has fewer than 2 images to draw from.
     """
     rng = np.random.default_rng(seed)
     rows = []
     for c in np.unique(labels):
         candidates = np.flatnonzero((labels == c) & trainable)
         if len(candidates) < 2:
-            raise ValueError(
+            raise TooFewImagesError(
                 f"detection: class {c} has {len(candidates)} images that are classified correctly and were attacked "
                 "with success, wanted at least 2; give more images or a stronger attack"
             )
@@ -165,16 +173,6 @@ class _Measurement(NamedTuple):
     n_test: int
 
 
-class _ScoreOnce:
-    """Scores of clean images, computed once for all tests of a detector."""
-
-    def __init__(self, detector: Detector, clean: Seen) -> None:
-        self.scores = detector.score(*clean)
-
-    def __call__(self, rows: NDArray[np.intp]) -> NDArray[np.float64]:
-        return self.scores[rows]
-
-
 def _fit(detector: Detector, clean: Seen, attacked: Seen) -> None:
     features = np.concatenate([clean.features, attacked.features])
     adversarial = np.arange(len(features)) >= len(clean.features)
@@ -185,7 +183,7 @@ def _measure(clean: NDArray[np.float64], attacked: NDArray[np.float64], n_train:
     metrics = import_optional("sklearn.metrics", "detection scores")
     truth = np.repeat([0, 1], [len(clean), len(attacked)])
     scores = np.concatenate([clean, attacked])
-    false_positive, true_positive, _ = metrics.roc_curve(truth, scores)
+    false_positive, true_positive, _ = metrics.roc_curve(truth, scores, drop_intermediate=False)
     return _Measurement(
         auc=float(metrics.roc_auc_score(truth, scores)),
         auc_hard=float(metrics.roc_auc_score(truth, scores > 0)),
@@ -193,6 +191,16 @@ def _measure(clean: NDArray[np.float64], attacked: NDArray[np.float64], n_train:
         n_train=n_train,
         n_test=len(attacked),
     )
+
+
+def _summaries(
+    protocol: Protocol, test: str, measured: Mapping[tuple[str, str, int], Sequence[_Measurement]]
+) -> tuple[Score, ...]:
+    wanted = [(name, n) for name in protocol.detectors for n in protocol.n_per_class]
+    runs = [measured.get((test, name, n), ()) for name, n in wanted]
+    if min(map(len, runs)) < protocol.repeats:
+        return ()
+    return tuple(_summary(name, n, found) for (name, n), found in zip(wanted, runs, strict=True))
 
 
 def _summary(name: str, n: int, runs: Sequence[_Measurement]) -> Score:
