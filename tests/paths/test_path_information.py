@@ -88,7 +88,7 @@ def test_summary_names_the_best_filter():
     assert lines[1].split() == ["depth", "layer", "filters", "mean", "bits", "max", "bits"]
     assert lines[3].split()[:3] == ["1", "conv2", "3"]
     assert lines[-1].startswith("400 images of 2 classes (1.00 bits)")
-    assert lines[-1].endswith("(conv2, filter 2)")
+    assert lines[-1].endswith("(conv2, filter 2); 1 of 5 tell more than chance")
     assert json.dumps(result.to_dict(), allow_nan=False)
 
 
@@ -109,3 +109,44 @@ def test_information_needs_classes(make_paths):
         class_information(make_paths(5, {"a": 2}))
     with pytest.raises(ValueError, match=r"needs at least 2 classes, .* has 1"):
         class_information(make_paths(5, {"a": 2}, n_classes=1))
+
+
+@given(st.integers(0, 10_000), st.integers(20, 80), st.integers(2, 5))
+def test_the_p_value_is_that_of_the_g_test(seed, n, n_classes):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(seed)
+    labels, z = rng.integers(0, n_classes, n), rng.random(n) < 0.4
+    labels[:2], z[:2] = [0, 1], [True, False]
+    result = class_information(PathSet.from_gates({"a": z[:, None]}, labels=labels))
+    table = np.stack([[(z[labels == c] == value).sum() for c in np.unique(labels)] for value in (True, False)])
+    wanted = stats.chi2_contingency(table, correction=False, lambda_="log-likelihood")
+    assert result.p_value[0] == pytest.approx(wanted.pvalue, abs=1e-9)
+
+
+def test_the_interval_holds_the_true_information_in_95_of_100_samples():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (1000, 400))
+    z = np.where(labels == 1, rng.random(labels.shape) < 0.8, rng.random(labels.shape) < 0.3)
+    results = [class_information(PathSet.from_gates({"a": z[:, [i]]}, labels=labels[:, i])) for i in range(400)]
+
+    def entropy(*p):
+        return -sum(q * math.log2(q) for q in p)
+
+    true = entropy(0.55, 0.45) - (entropy(0.8, 0.2) + entropy(0.3, 0.7)) / 2
+    inside = np.mean([result.low[0] <= true <= result.high[0] for result in results])
+    assert 0.92 < inside < 0.98
+
+
+def test_only_filters_that_tell_the_class_are_said_to_tell_it():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 800)
+    noise, planted = rng.random((800, 200)) < 0.5, (labels % 2 == 0)[:, None] ^ (rng.random((800, 20)) < 0.3)
+    constant = np.zeros((800, 3), bool)
+    result = class_information(PathSet.from_gates({"n": noise, "p": planted, "c": constant}, labels=labels))
+    telling = result.telling()
+    assert telling[200:220].all()
+    assert telling[:200].sum() <= 5
+    assert result.p_value[220:].tolist() == [1, 1, 1]
+    assert not telling[220:].any()
+    with pytest.raises(ValueError, match=r"share of false discoveries is 0, wanted a number in \(0, 1\)"):
+        result.telling(0)

@@ -4,12 +4,16 @@
 questions itself (rates, filter states, distances); ``path_map`` draws it, ``class_information`` relates it to classes.
 """
 
+from decouplify.paths.diff import PathDiff
+from decouplify.paths.hopkins import Hopkins, hopkins
 from decouplify.paths.information import ClassInformation, class_information, class_prototypes
 from decouplify.paths.maps import PathMap, path_map
+from decouplify.paths.merging import merge
 from decouplify.paths.pathset import GroupRates, LayerSpec, PathSet
 from decouplify.paths.pseudo import PseudoThresholds, pseudo_paths, pseudo_thresholds
 from decouplify.paths.record import RunningIdsWarning, record
 from decouplify.paths.states import DYNAMIC, ENERGETIC, SILENT, ActivationHistogram, FilterStates, LayerStates
+from decouplify.paths.tree import DecisionTree, TreeNode, decision_tree
 
 __all__ = [
     "DYNAMIC",
@@ -17,16 +21,23 @@ __all__ = [
     "SILENT",
     "ActivationHistogram",
     "ClassInformation",
+    "DecisionTree",
     "FilterStates",
     "GroupRates",
+    "Hopkins",
     "LayerSpec",
     "LayerStates",
+    "PathDiff",
     "PathMap",
     "PathSet",
     "PseudoThresholds",
     "RunningIdsWarning",
+    "TreeNode",
     "class_information",
     "class_prototypes",
+    "decision_tree",
+    "hopkins",
+    "merge",
     "path_map",
     "pseudo_paths",
     "pseudo_thresholds",

@@ -15,7 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 from decouplify.paths._checks import as_ids
 
 _FORMS = "images, (images, labels) or (images, labels, ids)"
-_REORDERING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+_REORDERING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 class Batch(NamedTuple):
@@ -63,12 +63,24 @@ def reorders(loader: Iterable[Any]) -> bool:
     return any(isinstance(sampler, _REORDERING) for sampler in samplers)
 
 
+def sampled_ids(loader: Iterable[Any]) -> NDArray[np.int64] | None:
+    """Indices into the data set, in the order in which a distributed sampler deals them to this process.
+
+    Without them processes would all count from 0, and their paths could not be merged. Asking the sampler twice is
+    safe: its order depends on the seed and the epoch only.
+    """
+    sampler = getattr(loader, "sampler", None)
+    return np.array(list(sampler), np.int64) if isinstance(sampler, DistributedSampler) else None
+
+
 def expected_images(loader: Iterable[Any], max_images: int | None) -> int | None:
     """How many images will come, as far as one can tell."""
     try:
         n_images = len(loader.dataset)  # type: ignore[attr-defined]  # most loaders have one, any iterable will do
     except (AttributeError, TypeError):
         return max_images
+    sampler = getattr(loader, "sampler", None)
+    n_images = len(sampler) if isinstance(sampler, DistributedSampler) else n_images
     return n_images if max_images is None else min(n_images, max_images)
 
 

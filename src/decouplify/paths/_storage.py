@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -180,3 +181,14 @@ def read_array(directory: Path, name: str, mmap: bool) -> NDArray[Any] | None:
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as an array ({error}); copy or record the path set again") from error
     return array
+
+
+def forget_pages(array: NDArray[Any]) -> None:
+    """Give back the memory through which a mapped file was just read.
+
+    A file that is read once from end to end would otherwise stay in this process until something needs the memory, and
+    a set of paths larger than what a job was granted would count against it. The file itself stays as it is.
+    """
+    mapped = getattr(array, "_mmap", None)  # where np.memmap, and every view of one, keeps its map
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)

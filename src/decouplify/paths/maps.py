@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from decouplify._optional import import_optional, new_axes, write_title
 from decouplify.paths._distance import between_within, class_distance_sums, class_members, silhouette, stratified_rows
+from decouplify.paths._results import Result
 from decouplify.paths._text import plain
 from decouplify.paths.pathset import LayerRef, PathSet
 
@@ -29,7 +30,7 @@ _LEGEND_MAX = 20  # classes that can still be told apart by colour
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PathMap:
+class PathMap(Result):
     """A map of paths and the numbers the picture cannot give.
 
     On a t-SNE map neither the size of a cluster nor the distance between two means anything; read those off the
@@ -191,7 +192,8 @@ def path_map(
         raise ValueError("path_map needs at least 1 image, the path set has none")
     paths = replace(paths, margins=None)  # not needed, and large to copy
     rows = stratified_rows(np.zeros(len(paths)) if paths.labels is None else paths.labels, max_images, seed)
-    shown = (paths if layers is None else paths.select_layers(layers)).subset(rows)
+    shown = paths.subset(rows)
+    shown = shown if layers is None else shown.select_layers(layers)
     counts = shown.counts()
     varying = shown.unpack()[:, (counts > 0) & (counts < len(shown))]
     embedding = _embed(varying, method, n_components_pca, perplexity, seed)

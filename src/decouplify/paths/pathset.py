@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, overload
@@ -26,6 +26,7 @@ from decouplify.paths._layout import (
     unpack,
 )
 from decouplify.paths._text import file_size, percent, plain
+from decouplify.paths.diff import PathDiff
 from decouplify.paths.states import ActivationHistogram, FilterStates, activation_histogram, filter_states
 
 __all__ = ["GroupRates", "LayerSpec", "PathSet"]
@@ -210,9 +211,12 @@ class PathSet:
     def subset(self, rows: Rows) -> PathSet:
         """The chosen images, in the order given; see ``unpack`` for ``rows``."""
         index = row_index(rows, len(self))
+        bits = self.bits[index]
+        if not isinstance(index, slice):  # else the rows are still read through the map
+            _storage.forget_pages(self.bits)
         return replace(
             self,
-            bits=self.bits[index],
+            bits=bits,
             ids=self.ids[index],
             labels=None if self.labels is None else self.labels[index],
             preds=self.preds[index],
@@ -269,15 +273,28 @@ class PathSet:
             raise ValueError(f"by has shape {given.shape}, wanted one value per image: ({len(self)},)")
         return given
 
-    def counts(self) -> NDArray[np.int64]:
-        """For how many images each filter is open, shape (F,), in [0, N]."""
-        return self._counts_by(np.zeros(len(self), np.intp), 1)[0]
+    def chunks(self, layer: LayerRef | None = None) -> Iterator[tuple[slice, NDArray[np.bool_]]]:
+        """The whole set in pieces that fit in memory: rows, and their gates as ``unpack`` gives them."""
+        n_filters = self.n_filters if layer is None else self.layer(layer).n_filters
+        for rows in row_chunks(len(self), n_filters):
+            yield rows, self.unpack(layer, rows)
+            _storage.forget_pages(self.bits)
+
+    def counts(self, layer: LayerRef | None = None) -> NDArray[np.int64]:
+        """For how many images each filter is open, in [0, N], shape (F,), or (K,) for one layer."""
+        counts = np.zeros(self.n_filters if layer is None else self.layer(layer).n_filters, np.int64)
+        for _, gates in self.chunks(layer):
+            counts += _column_sums(gates)
+        return counts
 
     def _counts_by(self, group: NDArray[np.intp], n_groups: int) -> NDArray[np.int64]:
         counts = np.zeros((n_groups, self.n_filters), np.int64)
-        for rows in row_chunks(len(self), self.n_filters):
-            one_hot = np.equal.outer(np.arange(n_groups), group[rows]).astype(np.float32)
-            counts += (one_hot @ self.unpack(rows=rows).astype(np.float32)).astype(np.int64)
+        for rows, gates in self.chunks():
+            order = np.argsort(group[rows], kind="stable")
+            present, starts = np.unique(group[rows][order], return_index=True)
+            sorted_gates = gates[order]
+            for value, start, stop in zip(present, starts, [*starts[1:], len(order)], strict=True):
+                counts[value] += _column_sums(sorted_gates[start:stop])
         return counts
 
     @overload
@@ -321,8 +338,7 @@ class PathSet:
         """
         if layer is None:
             return activation_histogram(self.counts(), len(self), "all layers", n_bins)
-        part = replace(self, margins=None).select_layers([layer])
-        return activation_histogram(part.counts(), len(self), part.layers[0].name, n_bins)
+        return activation_histogram(self.counts(layer), len(self), self.layer(layer).name, n_bins)
 
     def distinct(self) -> int:
         """Number of different paths.
@@ -335,6 +351,7 @@ class PathSet:
             digests.update(
                 hashlib.blake2b(row.data, digest_size=32).digest() for row in np.ascontiguousarray(self.bits[rows])
             )
+            _storage.forget_pages(self.bits)
         return len(digests)
 
     def hamming(self, other: PathSet | None = None) -> NDArray[np.int32]:
@@ -357,6 +374,28 @@ class PathSet:
             for rows in row_chunks(len(self), self.n_filters):
                 distances[rows, columns] = hamming_block(self.unpack(rows=rows), theirs)
         return distances
+
+    def diff(self, other: PathSet) -> PathDiff:
+        """Which filters were switched on or off in ``other``, image by image.
+
+        Args:
+            other: A path set with the same layers and images, for instance of the same pictures with a part covered.
+                Images are matched by id if their order differs.
+
+        Raises:
+            ValueError: If layers or ids differ.
+        """
+        check_same_layers(self, other)
+        theirs = _matching_rows(self.ids, other.ids)
+        on, off = np.zeros((2, self.n_filters), np.int64)
+        n_changed = np.zeros(len(self), np.int64)
+        for rows, before in self.chunks():
+            after = other.unpack(rows=theirs[rows])
+            on += _column_sums(after & ~before)
+            off += _column_sums(before & ~after)
+            n_changed[rows] = (before ^ after).sum(axis=1)
+            _storage.forget_pages(other.bits)
+        return PathDiff(self.layers, self.ids, on, off, n_changed)
 
     def knn_accuracy(self, k: int = 10, by: By = "labels", *, max_images: int = 10_000, seed: int = 0) -> float:
         """How well the k nearest other paths predict an image's class; a number for how far paths separate classes.
@@ -441,10 +480,16 @@ class PathSet:
         """
         target = Path(directory).resolve()
         with _storage.staged_directory(target) as stage:
-            for name in _storage.ARRAYS:
+            for name in ("bits", "margins"):
                 _storage.write_array(stage, name, getattr(self, name))
-            _storage.write_manifest(stage, self.to_dict())
+            self.write_rest(stage)
         return target
+
+    def write_rest(self, directory: Path) -> None:
+        """Write everything but bits and margins, the manifest last; for writers that stream those two."""
+        for name in ("ids", "labels", "preds", "conf"):
+            _storage.write_array(directory, name, getattr(self, name))
+        _storage.write_manifest(directory, self.to_dict())
 
     @classmethod
     def load(cls, directory: str | Path, *, mmap: bool = True) -> PathSet:
@@ -480,6 +525,27 @@ class PathSet:
         except (TypeError, ValueError) as error:
             raise ValueError(f"path set {source} is damaged: {error}") from error
         return paths
+
+
+def _column_sums(gates: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Open gates per column of at most 65,535 rows: chunks have fewer, and 16 bits are several times faster than 64."""
+    assert len(gates) < 1 << 16
+    return gates.view(np.uint8).sum(axis=0, dtype=np.uint16).astype(np.int64)
+
+
+def _matching_rows(ids: NDArray[Any], other: NDArray[Any]) -> NDArray[np.intp]:
+    """For each id its row in ``other``."""
+    if np.array_equal(ids, other):
+        return np.arange(len(ids))
+    order = np.argsort(other, kind="stable")
+    unique = len(np.unique(ids)) == len(ids) and len(np.unique(other)) == len(other)
+    if ids.dtype.kind != other.dtype.kind or not unique or not np.array_equal(np.sort(ids), other[order]):
+        n_common = len(np.intersect1d(ids, other)) if ids.dtype.kind == other.dtype.kind else 0
+        raise ValueError(
+            f"path sets must hold the same images, got {len(ids)} and {len(other)} ids with {n_common} in common; "
+            "choose the common ones with subset, or give ids that differ for different images"
+        )
+    return order[np.searchsorted(other[order], ids)]
 
 
 def check_same_layers(a: PathSet, b: PathSet) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import platform
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -23,9 +25,10 @@ from decouplify._version import __version__
 from decouplify.errors import NonFiniteError
 from decouplify.modes import eval_mode
 from decouplify.paths import _storage
-from decouplify.paths._batches import Batch, expected_images, origin, read_batches, reorders
+from decouplify.paths._batches import Batch, expected_images, origin, read_batches, reorders, sampled_ids
 from decouplify.paths._layout import LayerSpec, lay_out
 from decouplify.paths._progress import progress_bar
+from decouplify.paths.merging import merge
 from decouplify.paths.pathset import PathSet
 
 __all__ = ["RunningIdsWarning", "record"]
@@ -83,15 +86,17 @@ def record(
         loader: Yields ``images``, ``(images, labels)`` or ``(images, labels, ids)``: images along the first axis,
             labels one integer per image (or ``None``), ids integers or strings. Without ids, images are counted from 0.
         out: Directory to stream bits and margins to, for sets that do not fit into memory; about 30 bytes per image
-            stay in memory. It appears when the run is complete; a path set that was there before is replaced. With
-            several processes, give each its own directory.
+            stay in memory. It appears when the run is complete; a path set that was there before is replaced. In a
+            distributed run (``torchrun``) all processes give the same directory, which all of them can reach: each
+            writes a part beside it, and the first process merges the parts by image id.
         margins: Also keep the gate logits, 2 bytes per filter and image.
-        max_images: Stop after this many images.
+        max_images: Stop after this many images, in a distributed run of each process.
         device: Where to put the images; the device of the model's first parameter if not given.
         progress: Show a progress bar; if not given, only on a terminal and with rich installed.
 
     Returns:
-        The paths, memory-mapped from ``out`` if given.
+        The paths, memory-mapped from ``out`` if given. In a distributed run those of all processes with ``out``, and
+        those of this process without.
 
     Raises:
         TypeError: If the model is not wrapped, or the loader yields something else.
@@ -116,6 +121,10 @@ def record(
         progress=progress,
     )
     return recorder.in_memory() if out is None else recorder.to_disk(Path(out).resolve())
+
+
+def _n_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @dataclass
@@ -172,6 +181,23 @@ class Recorder:
         return self.path_set(rows, np.concatenate(rows.bits), margins)
 
     def to_disk(self, target: Path) -> PathSet:
+        return self._stream(target) if _n_processes() == 1 else self._to_shared_disk(target)
+
+    def _to_shared_disk(self, target: Path) -> PathSet:
+        """Every process writes a part; the first one merges them and clears up."""
+        _storage.check_target(target)
+        n_processes = _n_processes()
+        parts = [target.with_name(f"{target.name}.part-{rank}-of-{n_processes}") for rank in range(n_processes)]
+        self._stream(parts[dist.get_rank()])
+        dist.barrier()
+        if dist.get_rank() == 0:
+            merge(parts, target)
+            for part in parts:
+                shutil.rmtree(part)
+        dist.barrier()
+        return PathSet.load(target)
+
+    def _stream(self, target: Path) -> PathSet:
         n_bytes, n_filters = self.layers[-1].columns.stop, sum(layer.n_filters for layer in self.layers)
         with _storage.staged_directory(target) as stage:
             with ExitStack() as files:
@@ -187,10 +213,7 @@ class Recorder:
         """Write everything but bits and margins, which are there already, and check that all of it fits together."""
         bits, margins = (_storage.read_array(stage, name, mmap=True) for name in ("bits", "margins"))
         assert bits is not None
-        paths = self.path_set(rows, bits, margins)
-        for name in ("ids", "labels", "preds", "conf"):
-            _storage.write_array(stage, name, getattr(paths, name))
-        _storage.write_manifest(stage, paths.to_dict())
+        self.path_set(rows, bits, margins).write_rest(stage)
 
     def path_set(self, rows: _Rows, bits: NDArray[np.uint8], margins: NDArray[np.float16] | None) -> PathSet:
         manifest = _manifest(self.decoupling.plan, self.loader, self.device) | {
@@ -216,7 +239,10 @@ class Recorder:
         """
         n_expected = expected_images(self.loader, self.max_images)
         with eval_mode(self.model), torch.no_grad(), progress_bar(self.progress, "recording", n_expected) as advance:
+            ids = sampled_ids(self.loader)
             for number, batch in enumerate(read_batches(self.loader, self.max_images)):
+                if batch.ids is None and ids is not None:
+                    batch = batch._replace(ids=ids[rows.n_images : rows.n_images + len(batch.images)])
                 if number == 0 and batch.ids is None and reorders(self.loader):
                     warnings.warn(_SHUFFLED, RunningIdsWarning, stacklevel=4)
                 rows.append(batch, self.observe(batch.images, batch.where))

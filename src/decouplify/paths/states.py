@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from decouplify._optional import new_axes, write_title
 from decouplify.paths._layout import LayerSpec, filter_slices
+from decouplify.paths._results import Result
 from decouplify.paths._text import percent, plain, text_table
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class LayerStates:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FilterStates:
+class FilterStates(Result):
     """The state of every filter on the images looked at.
 
     A state is a statement about these N images: with more images, silent and energetic filters can only turn dynamic.
@@ -171,7 +172,7 @@ class FilterStates:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ActivationHistogram:
+class ActivationHistogram(Result):
     """How many filters are open for how many images (Figure 5 of the paper).
 
     Filters open for none and for all of the images are counted apart: they are often the tallest bars, and an ordinary

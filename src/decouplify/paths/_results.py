@@ -1,0 +1,62 @@
+"""What all results of this package can do: be printed, turned into plain data, drawn, and written to a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Result"]
+
+
+class Result:
+    """Base of the frozen results: a summary in words, all numbers as plain data, one picture."""
+
+    def summary(self) -> str:
+        """The result in words and tables."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain lists and numbers, as JSON can hold it."""
+        raise NotImplementedError
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The picture.
+
+        Args:
+            ax: Where to draw; a new figure, unknown to pyplot, if not given.
+        """
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to a file; the suffix says as what.
+
+        Args:
+            path: ``.json`` for all numbers, ``.txt`` for the summary, or a suffix of pictures such as ``.png``,
+                ``.svg`` or ``.pdf`` for the plot.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            ValueError: If there is no such kind of file.
+        """
+        target = Path(path).resolve()
+        if target.suffix == ".json":
+            target.write_text(json.dumps(self.to_dict(), allow_nan=False) + "\n", encoding="utf-8")
+        elif target.suffix == ".txt":
+            target.write_text(self.summary() + "\n", encoding="utf-8")
+        else:
+            self._save_picture(target)
+        return target
+
+    def _save_picture(self, target: Path) -> None:
+        figure = self.plot().get_figure(root=True)
+        assert figure is not None
+        known = sorted(figure.canvas.get_supported_filetypes())
+        if target.suffix.lstrip(".") not in known:
+            raise ValueError(f"save: {target.name} given, wanted a name that ends in .json, .txt, .{', .'.join(known)}")
+        figure.savefig(target, dpi=144, bbox_inches="tight")
