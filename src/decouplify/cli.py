@@ -1,4 +1,4 @@
-"""The entry point of the command line: ``decouplify inspect | train | record | report``."""
+"""The entry point of the command line: ``decouplify inspect | train | record | report | detect``."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from decouplify.adversarial.attacks import (
 from decouplify.adversarial.detect import BASELINES, detect
 from decouplify.adversarial.detectors import DETECTORS, Detector, PrototypeDetector, SklearnDetector
 from decouplify.adversarial.gradients import GateAware, soft_gates
+from decouplify.adversarial.maps import AdversarialMap, adversarial_map
+from decouplify.adversarial.monitor import PathMonitor, Verdicts
 from decouplify.adversarial.observations import Observation, observe
 from decouplify.adversarial.pixels import PixelModel
 from decouplify.adversarial.protocol import Protocol, Score, Seen, TooFewImagesError, score_detectors
@@ -34,6 +36,7 @@ __all__ = [
     "MIFGSM",
     "PGD",
     "AdaptiveAttack",
+    "AdversarialMap",
     "ArtAttack",
     "Attack",
     "CDRPAttack",
@@ -44,6 +47,7 @@ __all__ = [
     "FoolboxAttack",
     "GateAware",
     "Observation",
+    "PathMonitor",
     "PixelModel",
     "Protocol",
     "PrototypeDetector",
@@ -52,6 +56,8 @@ __all__ = [
     "SklearnDetector",
     "TooFewImagesError",
     "TorchattacksAttack",
+    "Verdicts",
+    "adversarial_map",
     "attack_named",
     "craft",
     "detect",

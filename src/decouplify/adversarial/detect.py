@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +77,7 @@ def detect(
         repeats: Independent draws of them.
         batch_size: Images at a time.
         seed: Of attacks, draws and detectors.
-        progress: Called with a line at the start of every stage.
+        progress: Called with the name of every stage when it begins.
 
     Raises:
         ImportError: If scikit-learn is not installed.
@@ -133,11 +134,20 @@ def _compare(experiment: Experiment, features: str, what: str, seen: Seen, count
     experiment.compare(features, what, training, {what: (seen, counted)})
 
 
+class _Looks(NamedTuple):
+    """Features of the clean images, of their attacked twins, and of the clean ones seen again; (N, D) each."""
+
+    clean: Features
+    attacked: Features
+    again: Features
+
+
 def _compare_views(experiment: Experiment, main: Attacked, placebo: Observation, names: Sequence[str]) -> None:
     """Baselines that the forwards so far have given."""
     for name in names:
         look = OF_ONE_FORWARD[name]
-        _compare_baseline(experiment, name, main, look(experiment.clean), look(main.seen), look(placebo), main.success)
+        looks = _Looks(look(experiment.clean), look(main.seen), look(placebo))
+        _compare_baseline(experiment, name, main, looks, main.success)
 
 
 def _compare_original(
@@ -147,54 +157,47 @@ def _compare_original(
     if not {"pseudo-paths", "critical paths"} & set(names):
         return
     source = Original(experiment.model, original, experiment.images.pixels, experiment.batch_size)
-    everything = np.arange(len(experiment))
     if "pseudo-paths" in names:
         with experiment.stage("pseudo-paths"):
-            looks = _look_thrice(experiment, source.pseudo, main, everything)
-        _compare_baseline(experiment, "pseudo-paths", main, *looks, main.success)
+            looks = _look(experiment, source.pseudo, main, np.arange(len(experiment)))
+        _compare_baseline(experiment, "pseudo-paths", main, looks, main.success)
     if "critical paths" in names:
-        successes = np.flatnonzero(main.success)
-        part = successes[stratified_rows(experiment.labels[successes], n_critical, experiment.protocol.seed)]
-        counted = np.isin(everything, part)
-        with experiment.stage("critical paths"):
-            looks = _look_thrice(experiment, source.critical, main, part)
-        note = "" if len(part) == len(successes) else f"{len(part)} images"
-        if note:
-            training = (_paths(experiment.clean), _paths(main.seen), counted)
-            experiment.compare("paths", main.name, training, {main.name: (training[1], counted)}, note)
-        _compare_baseline(experiment, "critical paths", main, *looks, counted, note)
+        _compare_critical(experiment, main, source, n_critical)
 
 
-def _look_thrice(
-    experiment: Experiment, look: Callable[[Tensor], Features], main: Attacked, rows: NDArray[np.intp]
-) -> list[Features]:
-    """Features of some clean images, of their attacked twins, and of the clean ones again in the opposite order.
+def _compare_critical(experiment: Experiment, main: Attacked, source: Original, n_images: int) -> None:
+    """Critical paths of some images, and paths of the same images."""
+    successes = np.flatnonzero(main.success)
+    part = successes[stratified_rows(experiment.labels[successes], n_images, experiment.protocol.seed)]
+    counted = np.isin(np.arange(len(experiment)), part)
+    with experiment.stage("critical paths"):
+        looks = _look(experiment, source.critical, main, part)
+    note = "" if len(part) == len(successes) else f"{len(part)} images"
+    if note:
+        training = (_paths(experiment.clean), _paths(main.seen), counted)
+        experiment.compare("paths", main.name, training, {main.name: (training[1], counted)}, note)
+    _compare_baseline(experiment, "critical paths", main, looks, counted, note)
+
+
+def _look(experiment: Experiment, look: Callable[[Tensor], Features], main: Attacked, rows: NDArray[np.intp]) -> _Looks:
+    """Look at some images, at their attacked twins, and at the former again in the opposite order.
 
     Other images get zeros; nobody counts them.
     """
     index = from_numpy(rows)
     clean = experiment.images.pixels[index]
-    looks = [look(clean), look(main.crafted.images[index]), look(clean.flip(0))[::-1]]
-    spread = [np.zeros((len(experiment), found.shape[1]), np.float32) for found in looks]
-    for whole, found in zip(spread, looks, strict=True):
-        whole[rows] = found
-    return spread
+    found = [look(clean), look(main.crafted.images[index]), look(clean.flip(0))[::-1]]
+    whole = _Looks(*(np.zeros((len(experiment), features.shape[1]), np.float32) for features in found))
+    for features, part in zip(whole, found, strict=True):
+        features[rows] = part
+    return whole
 
 
 def _compare_baseline(
-    experiment: Experiment,
-    name: str,
-    main: Attacked,
-    clean: Features,
-    attacked: Features,
-    placebo: Features,
-    counted: Mask,
-    note: str = "",
+    experiment: Experiment, name: str, main: Attacked, looks: _Looks, counted: Mask, note: str = ""
 ) -> None:
     """The attack and a placebo, seen through a baseline's features."""
-    sees = Seen(clean, experiment.clean.preds)
-    for what, seen in (
-        (main.name, Seen(attacked, main.seen.preds)),
-        ("placebo", Seen(placebo, experiment.clean.preds)),
-    ):
-        experiment.compare(name, what, (sees, seen, counted), {what: (seen, counted)}, note)
+    clean = Seen(looks.clean, experiment.clean.preds)
+    attacked, again = Seen(looks.attacked, main.seen.preds), Seen(looks.again, experiment.clean.preds)
+    for what, seen in ((main.name, attacked), ("placebo", again)):
+        experiment.compare(name, what, (clean, seen, counted), {what: (seen, counted)}, note)

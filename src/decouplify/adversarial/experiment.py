@@ -70,7 +70,7 @@ class Experiment:
         given: All images.
         protocol: How detectors are compared.
         batch_size: Images at a time.
-        progress: Called with a line at the start of every stage.
+        progress: Called with the name of every stage when it begins.
         images: The correctly classified ones; all that follows is about these N.
         clean: What is seen of them.
         rows: Rows of the table.
@@ -105,8 +105,8 @@ class Experiment:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Says what begins, and keeps how long it took."""
-        if self.progress is not None:
+        """Says what begins, the first time, and keeps how long it took."""
+        if self.progress is not None and name not in self.seconds:
             self.progress(name)
         start = time.perf_counter()
         yield

@@ -1,7 +1,7 @@
 """What detectors look at: paths, and what one could look at instead of them.
 
-One forward gives path, logits and pooled features of an image. Pseudo-paths and critical data routing paths are read off
-the network as it was before it was wrapped, which costs passes of their own.
+One forward gives path, logits and pooled features of an image. Pseudo-paths and critical data routing paths are read
+off the network as it was before it was wrapped, which costs passes of their own.
 """
 
 from __future__ import annotations
@@ -128,5 +128,5 @@ class Original:
         return paths.margins.astype(np.float32)
 
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
-        mean, std = self.pixels.mean.cpu(), self.pixels.std.cpu()
-        return ((x.cpu() - mean) / std for x in images.split(self.batch_size))
+        where = self.pixels.mean.device
+        return (self.pixels.normalise(x.to(where)) for x in images.split(self.batch_size))

@@ -15,7 +15,8 @@ _ROUNDING = 1e-6  # how far an adapter's arithmetic may leave [0, 1]
 class PixelModel(nn.Module):
     """A classifier that reads pixels in [0, 1]: normalises them, then runs the given model.
 
-    Parameters, gates and hooks stay those of the model, which is found at ``.module``.
+    Parameters, gates and hooks stay those of the model, which is found at ``.module``; to record paths of pixels, call
+    ``decouplify.record(pixel_model.module, [pixel_model.normalise(images)])``.
 
     Args:
         model: A classifier of normalised images, wrapped or not.
@@ -44,9 +45,13 @@ class PixelModel(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self.train(model.training)
 
+    def normalise(self, x: Tensor) -> Tensor:
+        """What the model reads of pixels (N, C, H, W)."""
+        return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of pixels (N, C, H, W)."""
-        return self.module((x - self.mean.to(x.dtype)) / self.std.to(x.dtype))
+        return self.module(self.normalise(x))
 
 
 def check_pixels(images: Tensor, where: str) -> None:
@@ -57,7 +62,7 @@ def check_pixels(images: Tensor, where: str) -> None:
             "(N, C, H, W) with N > 0 wanted"
         )
     low, high = float(images.min()), float(images.max())
-    if not (-_ROUNDING <= low and high <= 1 + _ROUNDING):  # also where they are NaN
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # also where they are NaN
         raise ValueError(
             f"{where}: pixels from {low:.3g} to {high:.3g} given, [0, 1] wanted; undo the normalisation of the images "
             "and put it into the model with PixelModel(model, mean, std)"

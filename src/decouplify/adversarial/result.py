@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from decouplify.adversarial.protocol import Score
+from decouplify.paths._results import Result
 from decouplify.paths._text import plain, text_table
 
 __all__ = ["DetectionResult", "DetectionRow"]
@@ -55,7 +56,7 @@ class DetectionRow:
 
 
 @dataclass(frozen=True, repr=False)
-class DetectionResult:
+class DetectionResult(Result):
     """All rows of a detection experiment, and what they were computed on.
 
     Attributes:
@@ -136,7 +137,8 @@ class DetectionResult:
             for row in self.rows
         ]
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """The table of AUCs."""
         return self.table()
 
     def __repr__(self) -> str:
