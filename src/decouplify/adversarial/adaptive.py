@@ -20,9 +20,10 @@ __all__ = ["AdaptiveAttack"]
 class AdaptiveAttack:
     """PGD on cross entropy and path at once, towards the class that is second best for the clean image.
 
-    It descends ``CE(f(x), t) + weight * mean_f (sigmoid(g_f(x)) - rates[t, f])^2`` for the target class t. Up to a
-    constant the second term is the mean squared distance to the paths of class t, so a detector that was trained on
-    paths sees what it saw of clean images. Gates have the gradient of ``soft_gates``.
+    It descends ``CE(f(x), t) + weight * mean_f (z_f(x) - rates[t, f])^2`` for the target class t. Up to a constant the
+    second term is the mean squared distance to the clean paths of class t, so the attacked path becomes one that a
+    detector knows from clean images. The gates z are binary and have the gradient of ``soft_gates``: those that agree
+    with the class already are left alone, which soft gates in their place would not be.
 
     Attributes:
         rates: How often each filter is open for clean images of each class, shape (classes, F), in [0, 1]: the
@@ -35,7 +36,7 @@ class AdaptiveAttack:
     """
 
     rates: Tensor
-    weight: float = 20.0
+    weight: float = 5.0
     eps: float = 8 / 255
     step: float = 2 / 255
     n_steps: int = 20
@@ -72,8 +73,7 @@ class AdaptiveAttack:
 
         def loss(x: Tensor) -> Tensor:
             cross_entropy = F.cross_entropy(model(x), targets, reduction="sum")
-            g = torch.cat(list(decoupling.margins().values()), 1)
-            distance = (torch.sigmoid(self.slope * g) - wanted).square().mean(1).sum()
+            distance = (decoupling.path() - wanted).square().mean(1).sum()
             return -(cross_entropy + self.weight * distance)
 
         return loss

@@ -1,6 +1,6 @@
 """Detectors: from what is seen of an image to how adversarial it looks.
 
-The three of the paper are scikit-learn's; the fourth only measures distances to what is typical for a class.
+The three of the paper are scikit-learn's; the fourth only measures distances to prototypes.
 """
 
 from __future__ import annotations
@@ -61,40 +61,40 @@ class SklearnDetector:
 
 
 class PrototypeDetector:
-    """Distance to what is typical of the predicted class, minus distance to the nearest other class.
+    """Distance to the prototype of the predicted class, minus distance to where attacks move that prototype.
 
-    Prototypes are the means of clean training images, by predicted class; distances are mean squares over features,
-    each scaled to its standard deviation among clean images unless it is a bit. An adversarial image tends to be far
-    from its new class and near its old one. Adversarial training images only place the threshold.
+    Prototypes are the means of clean training images by predicted class. Attacked images taken for a class lie around
+    the same prototype plus a shift; the shift is one for all classes, since with one image per class nothing finer can
+    be learned. Distances are sums of squares, each feature divided by its variance among clean images, which is drawn
+    half way to the mean variance. All of it are means and products: it takes milliseconds.
     """
 
     def __init__(self) -> None:
         self._prototypes: dict[int, Features] = {}
-        self._scale: Features = np.ones(1, np.float32)
+        self._elsewhere: Features = np.zeros(1, np.float32)
+        self._direction: Features = np.zeros(1, np.float32)
         self._threshold = 0.0
 
     def fit(self, features: Features, preds: NDArray[np.int64], adversarial: NDArray[np.bool_]) -> None:
         """See ``Detector``."""
         clean, classes = features[~adversarial], preds[~adversarial]
-        is_bits = bool(np.isin(clean, (0, 1)).all())
-        spread = clean.std(0)
-        self._scale = np.ones(1, np.float32) if is_bits else np.where(spread > 0, spread, 1).astype(np.float32)
-        self._prototypes = {int(c): (clean[classes == c] / self._scale).mean(0) for c in np.unique(classes)}
-        scores = self._raw(features, preds)
-        self._threshold = float((scores[adversarial].mean() + scores[~adversarial].mean()) / 2)
+        self._prototypes = {int(c): clean[classes == c].mean(0) for c in np.unique(classes)}
+        self._elsewhere = clean.mean(0)
+        variance = clean.var(0)
+        shift = self._residuals(features[adversarial], preds[adversarial]).mean(0)
+        spread = variance + variance.mean()
+        self._direction = np.divide(shift, spread, out=np.zeros_like(shift), where=spread > 0)
+        # |r|^2 - |r - shift|^2 is zero half way: where r . shift is |shift|^2 / 2.
+        self._threshold = float(shift @ self._direction) / 2
 
     def score(self, features: Features, preds: NDArray[np.int64]) -> NDArray[np.float64]:
         """See ``Detector``."""
-        return self._raw(features, preds) - self._threshold
+        projected: NDArray[np.float64] = (self._residuals(features, preds) @ self._direction).astype(np.float64)
+        return projected - self._threshold
 
-    def _raw(self, features: Features, preds: NDArray[np.int64]) -> NDArray[np.float64]:
-        scaled = features / self._scale
-        distances = np.stack([np.square(scaled - p).mean(1) for p in self._prototypes.values()], 1).astype(np.float64)
-        own = preds[:, None] == np.array(list(self._prototypes))  # (N, classes)
-        others = np.where(own, np.inf, distances).min(1)
-        # A class that no clean training image had is unlike all that is known.
-        mine = np.where(own.any(1), np.where(own, distances, 0).sum(1), distances.max(1))
-        return mine - np.where(np.isfinite(others), others, 0)
+    def _residuals(self, features: Features, preds: NDArray[np.int64]) -> Features:
+        """Features minus the prototype of the predicted class; that of all images for classes no clean one had."""
+        return features - np.stack([self._prototypes.get(int(c), self._elsewhere) for c in preds])
 
 
 def _random_forest(seed: int) -> Detector:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from decouplify._optional import new_axes, write_title
 from decouplify.adversarial.protocol import Score
 from decouplify.paths._results import Result
 from decouplify.paths._text import plain, text_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["DetectionResult", "DetectionRow"]
 
@@ -140,6 +146,35 @@ class DetectionResult(Result):
     def summary(self) -> str:
         """The table of AUCs."""
         return self.table()
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """AUC of every row and detector for the largest number of training images, with deviations as bars.
+
+        Args:
+            ax: Where to draw; a new figure, unknown to pyplot, if not given.
+        """
+        ax = new_axes(8, 1.5 + 0.3 * len(self.rows)) if ax is None else ax
+        most = max(score.n_per_class for score in self.rows[0].scores)
+        detectors = [score.detector for score in self.rows[0].scores if score.n_per_class == most]
+        places = np.arange(len(self.rows))[::-1]
+        for i, detector in enumerate(detectors):
+            scores = [row.score(detector, most) for row in self.rows]
+            offset = 0.15 * ((len(detectors) - 1) / 2 - i)
+            ax.errorbar(
+                [s.auc_mean for s in scores],
+                places + offset,
+                xerr=[s.auc_std for s in scores],
+                fmt="o",
+                ms=4,
+                label=_SHORT.get(detector, detector),
+            )
+        ax.set_yticks(places[::-1], [row.name for row in reversed(self.rows)])
+        ax.axvline(0.5, color="0.7", lw=1, zorder=0)
+        ax.set_xlabel(f"AUC, {most} training images per class")
+        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        ax.spines[["top", "right"]].set_visible(False)
+        write_title(ax, f"Detection of {self.attack}", f"{self.rows[0].n_success} successful attacks")
+        return ax
 
     def __repr__(self) -> str:
         return f"DetectionResult({self.attack}: {len(self.rows)} rows, {self.rows[0].n_success} successful attacks)"
