@@ -118,9 +118,9 @@ class DetectionResult(Result):
         return "\n".join([*self._headlines(metric), text_table(self._header(), self._cells(metric)), *skipped])
 
     def to_markdown(self, metric: str = "auc") -> str:
-        """The same as a Markdown table."""
+        """The means of the same table in Markdown."""
         header = self._header()
-        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *self._cells(metric)]
+        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *self._cells(metric, deviations=False)]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def _headlines(self, metric: str) -> list[str]:
@@ -136,10 +136,11 @@ class DetectionResult(Result):
         columns = [f"{_SHORT.get(s.detector, s.detector)} {s.n_per_class}" for s in self.rows[0].scores]
         return ["features: tested on", "success", *columns]
 
-    def _cells(self, metric: str) -> list[list[str]]:
+    def _cells(self, metric: str, deviations: bool = True) -> list[list[str]]:
+        endings = ("_mean", "_std") if deviations else ("_mean",)
         return [
             [row.name, f"{row.n_success}/{row.n_attacked}"]
-            + [f"{getattr(s, metric + '_mean'):.3f} {getattr(s, metric + '_std'):.3f}" for s in row.scores]
+            + [" ".join(f"{getattr(score, metric + ending):.3f}" for ending in endings) for score in row.scores]
             for row in self.rows
         ]
 
