@@ -125,7 +125,9 @@ def test_rows_with_too_few_images_are_named(trained) -> None:
     found = detect(trained.pixel, trained.images[:80], trained.labels[:80], PGD(n_steps=5), **settings)
     assert list(found.skipped) == ["paths: fgsm (trained on pgd)"]
     assert "left out: paths: fgsm (trained on pgd): too few attacks had success" in found.table()
-    with pytest.raises(TooFewImagesError, match="class 0 has 0 images that are classified correctly and were attacked"):
+    few = detect(trained.pixel, trained.images[:12], trained.labels[:12], PGD(), **{**settings, "unseen": ()})
+    assert "5 per class: 4 instead of 20 training images, classes had not enough" in few.table()
+    with pytest.raises(TooFewImagesError, match="0 images are classified correctly and were attacked with success"):
         detect(trained.pixel, trained.images[:80], trained.labels[:80], FGSM(1e-6), **settings)
 
 

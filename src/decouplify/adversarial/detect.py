@@ -73,7 +73,8 @@ def detect(
         n_critical: Critical paths take thirty passes per image and are computed for so many images; the table has a row
             of paths on the same images beside them.
         detectors: Some of ``random_forest``, ``adaboost``, ``gradient_boosting`` and ``prototype``.
-        n_per_class: Training images per class; classes with less than twice as many give half of theirs.
+        n_per_class: Training images per class; classes with less than twice as many give half of theirs, and the table
+            says so.
         repeats: Independent draws of them.
         batch_size: Images at a time.
         seed: Of attacks, draws and detectors.
@@ -81,7 +82,7 @@ def detect(
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        TooFewImagesError: If a class has fewer than two images that are classified correctly and attacked with success.
+        TooFewImagesError: If no class has two images that are classified correctly and attacked with success.
         ValueError: If the model is not wrapped, a name is unknown, or images and labels are not as described.
     """
     decoupling_of(model, "detect")
@@ -104,7 +105,8 @@ def detect(
         _compare(experiment, "paths", others[-1].name, _paths(others[-1].seen), others[-1].success)
     _compare_views(experiment, main, placebo, [name for name in baselines if name in OF_ONE_FORWARD])
     _compare_original(experiment, main, original, baselines, n_critical)
-    facts = {"n_given": len(images), "n_per_class": list(n_per_class), "repeats": repeats, "seed": seed}
+    n_classes = len(np.unique(experiment.labels))
+    facts = {"n_given": len(images), "n_classes": n_classes, "repeats": repeats, "seed": seed}
     return experiment.result(main.name, facts)
 
 

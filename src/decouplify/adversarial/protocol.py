@@ -117,7 +117,7 @@ def score_detectors(
         images is missing.
 
     Raises:
-        TooFewImagesError: If a class has fewer than 2 images for training.
+        TooFewImagesError: If no class has 2 images to draw from.
     """
     measured: dict[tuple[str, str, int], list[_Measurement]] = {}
     for n, run, drawn in _draws(protocol, labels, trainable):
@@ -150,19 +150,20 @@ def draw(
     """Rows of n training images of every class, sorted; at most half of what a class has, so that some are held out.
 
     Raises:
-        TooFewImagesError: If a class has fewer than 2 images to draw from.
+        TooFewImagesError: If no class has 2 images to draw from.
     """
     rng = np.random.default_rng(seed)
     rows = []
     for c in np.unique(labels):
-        candidates = np.flatnonzero((labels == c) & trainable)
-        if len(candidates) < 2:
-            raise TooFewImagesError(
-                f"detection: class {c} has {len(candidates)} images that are classified correctly and were attacked "
-                "with success, wanted at least 2; give more images or a stronger attack"
-            )
-        rows.append(rng.permutation(candidates)[: min(n, len(candidates) // 2)])
-    return np.sort(np.concatenate(rows))
+        candidates = rng.permutation(np.flatnonzero((labels == c) & trainable))
+        rows.append(candidates[: min(n, len(candidates) // 2)])
+    drawn = np.sort(np.concatenate(rows))
+    if not len(drawn):
+        raise TooFewImagesError(
+            f"detection: {int(trainable.sum())} images are classified correctly and were attacked with success, at "
+            "least 2 of one class wanted; give more images or a stronger attack"
+        )
+    return drawn
 
 
 class _Measurement(NamedTuple):

@@ -114,8 +114,17 @@ class DetectionResult(Result):
         Args:
             metric: ``"auc"``, ``"auc_hard"`` or ``"tpr"``, see ``Score``.
         """
-        skipped = [f"left out: {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join([*self._headlines(metric), text_table(self._header(), self._cells(metric)), *skipped])
+        table = text_table(self._header(), self._cells(metric))
+        return "\n".join([*self._headlines(metric), table, *self.remarks()])
+
+    def remarks(self) -> list[str]:
+        """What is not as it was asked for, a line each."""
+        lines = [f"left out: {name}: {reason}" for name, reason in self.skipped.items()]
+        for n, n_train in {score.n_per_class: score.n_train for score in self.rows[0].scores}.items():
+            wanted = n * int(self.facts.get("n_classes", 0))
+            if n_train < wanted:
+                lines.append(f"{n} per class: {n_train} instead of {wanted} training images, classes had not enough")
+        return lines
 
     def to_markdown(self, metric: str = "auc") -> str:
         """The means of the same table in Markdown."""
