@@ -20,7 +20,7 @@ $(BIN)/python:
 
 $(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing into $(VENV): minutes the first time'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cli,analysis,zoo]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cli,analysis,report,zoo]'
 	@touch $@
 
 $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python

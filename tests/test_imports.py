@@ -9,7 +9,7 @@ import pytest
 
 import decouplify
 
-OPTIONAL = ["timm", "torchvision", "sklearn", "matplotlib", "rich", "typer", "lightning", "PIL", "pandas"]
+OPTIONAL = ["timm", "torchvision", "sklearn", "matplotlib", "rich", "typer", "lightning", "PIL", "pandas", "plotly"]
 
 
 def test_the_public_names() -> None:
@@ -22,6 +22,7 @@ def test_the_public_names() -> None:
         "load",
         "losses",
         "record",
+        "report",
         "save",
         "sparsify",
         "unwrap",

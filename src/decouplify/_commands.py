@@ -31,13 +31,12 @@ from decouplify.data import ImageSet, load_images
 from decouplify.errors import CheckpointError
 from decouplify.losses import parse_target
 from decouplify.macs import MacCount
-from decouplify.paths import FilterStates, PathSet
+from decouplify.paths import FilterStates, PathSet, macs_of_paths
 from decouplify.paths._distance import stratified_rows
 from decouplify.paths._text import plain
 from decouplify.plan import Plan
 from decouplify.registry import build_model, model_kwargs, rebuild_model
-from decouplify.report import Fact, headline_facts, macs_of_paths
-from decouplify.report import report as write_report
+from decouplify.report import Fact, headline_facts, study, write_page
 from decouplify.sparse import backend
 from decouplify.train import DecouplingRecipe, Recipe, decouple, evaluate, train_dense
 
@@ -367,27 +366,29 @@ def report(
     device: _Device = "auto",
     as_json: _Json = False,
 ) -> None:
-    """Write one HTML page about a checkpoint: its numbers, path maps, filter states and work per image."""
+    """Write one HTML page about a checkpoint: numbers, path map, decision tree, telling filters, work per image."""
     opened = _open(checkpoint, data, _device(device))
-    pixels, _ = opened.images.pixels(split.value)
-    images, labels = opened.images.tensors(split.value)
-    paths = decouplify.record(opened.model, opened.images.loader(split.value))
-    measured = _time_forms(opened.model, images[:_N_TIMED]) if timings else {}
-    written = write_report(
+    images = opened.images
+    found = study(
         opened.model,
-        images,
-        labels,
+        images.loader(split.value),
+        class_names=images.class_names,
+        mean=images.mean,
+        std=images.std,
+        max_images=None,
+    )
+    n_timed = min(_N_TIMED, len(found.paths))
+    measured = _time_forms(opened.model, images.tensors(split.value)[0][:n_timed]) if timings else {}
+    written = write_page(
+        found,
         out,
         title=f"{opened.extra['model']} on {Path(data).name}",
-        class_names=opened.images.class_names,
-        paths=paths,
         timings=measured,
-        timing_note=_how_timed(len(images)),
+        timing_note=_how_timed(n_timed),
         facts=_known_facts(opened.extra, data, split),
-        pictures=pixels,
     )
     if as_json:
-        numbers = _numbers(paths, macs_of_paths(opened.model, paths))
+        numbers = _numbers(found.paths, found.macs)
         _emit({"out": str(written), "data": data, "split": split.value, "timings_ms": measured, **numbers})
         return
     _print(f"report: {written}")
@@ -506,8 +507,8 @@ def _time_forms(model: nn.Module, images: Tensor) -> dict[str, float]:
     return {name: statistics.median(values[len(images) :]) for name, values in times.items()}
 
 
-def _how_timed(n_images: int) -> str:
-    n, n_threads = min(_N_TIMED, n_images), torch.get_num_threads()
+def _how_timed(n: int) -> str:
+    n_threads = torch.get_num_threads()
     threads = "1 thread" if n_threads == 1 else f"{n_threads} threads"
     return (
         f"median of {n} images, one at a time on the CPU, {threads}; dense: the network without gates in eager "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import decouplify
+from decouplify.data import load_images
 from decouplify.paths import PathSet
+from decouplify.train import DecouplingRecipe, Recipe, decouple, train_dense
 
 # Names, and sizes that are no multiples of 8 except one.
 LAYERS = (("conv1", 5), ("block.conv", 16), ("block.conv2", 9))
@@ -101,3 +105,40 @@ def make_paths() -> MakePaths:
         return PathSet.from_gates(gates, **columns)
 
     return make
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network before and after decoupling, and the digits it was not trained on."""
+
+    original: nn.Module
+    wrapped: nn.Module
+    images: Tensor
+    labels: Tensor
+    pictures: Any
+
+    @property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.images.split(100), self.labels.split(100), strict=True))
+
+
+@pytest.fixture(scope="session")
+def trained() -> Trained:
+    """Digits at 8 x 8, four convolutions, a few seconds of training; two thirds of the filters become dynamic."""
+    pytest.importorskip("sklearn")
+    digits = load_images("digits", size=8)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *block(1, 8), *block(8, 16), *block(16, 24), nn.MaxPool2d(2), *block(24, 32), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    train_dense(model, *digits.tensors("train"), Recipe(5, batch_size=64))
+    original = copy.deepcopy(model)
+    wrapped = decouplify.wrap(model, digits.image_size, input_norm=True)
+    decouple(wrapped, *digits.tensors("train"), DecouplingRecipe(10, 0.05, 64, mutual_information=0.1, target="1.5x"))
+    images, labels = digits.tensors("test")
+    return Trained(original.eval(), wrapped.eval(), images, labels, digits.test_images)
+
+
+def block(n_inputs: int, n_filters: int) -> list[nn.Module]:
+    return [nn.Conv2d(n_inputs, n_filters, 3, padding=1, bias=False), nn.BatchNorm2d(n_filters), nn.ReLU()]

@@ -35,8 +35,10 @@ def nearest_center_accuracy(xy, labels):
     return (np.linalg.norm(xy[:, None] - centers, axis=2).argmin(axis=1) == labels).mean()
 
 
-@pytest.mark.parametrize("method", ["tsne", "pca"])
+@pytest.mark.parametrize("method", ["tsne", "opentsne", "pca"])
 def test_planted_classes_show_in_the_picture_and_in_the_numbers(method):
+    if method == "opentsne":
+        pytest.importorskip("openTSNE")
     result = path_map(planted(), method)
     assert result.xy.shape == (120, 2)
     assert result.xy.dtype == np.float32
@@ -50,7 +52,7 @@ def test_planted_classes_show_in_the_picture_and_in_the_numbers(method):
     assert len(result.explained_variance) == 80
     assert result.explained_variance.sum() == pytest.approx(1, abs=1e-4)
     assert result.note == ""
-    assert np.isfinite(result.kl_divergence) == (method == "tsne")
+    assert np.isfinite(result.kl_divergence) == (method != "pca")
 
 
 def test_paths_without_classes_give_numbers_that_say_so():
@@ -141,7 +143,7 @@ def test_maps_without_classes_have_no_class_numbers():
 
 def test_path_map_refuses():
     paths = planted(n_per_class=3)
-    with pytest.raises(ValueError, match='method is \'umap\', wanted "tsne" or "pca"'):
+    with pytest.raises(ValueError, match='method is \'umap\', wanted "tsne", "opentsne" or "pca"'):
         path_map(paths, "umap")
     for wrong in ({"perplexity": 0}, {"n_components_pca": 0}, {"max_images": 0}):
         with pytest.raises(ValueError, match="must be positive"):

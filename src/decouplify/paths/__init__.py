@@ -4,15 +4,20 @@
 questions itself (rates, filter states, distances); ``path_map`` draws it, ``class_information`` relates it to classes.
 """
 
+from decouplify.paths.comparison import BeforeAfter, before_after
+from decouplify.paths.contrast import Contrast, Counterfactual, contrast, counterfactual
+from decouplify.paths.costs import macs_of_paths
 from decouplify.paths.diff import PathDiff
 from decouplify.paths.hopkins import Hopkins, hopkins
 from decouplify.paths.information import ClassInformation, class_information, class_prototypes
+from decouplify.paths.interventions import GateEffect, force, gate_effect, transplant
 from decouplify.paths.maps import PathMap, path_map
 from decouplify.paths.merging import merge
 from decouplify.paths.pathset import GroupRates, LayerSpec, PathSet
 from decouplify.paths.pseudo import PseudoThresholds, pseudo_paths, pseudo_thresholds
 from decouplify.paths.record import RunningIdsWarning, record
 from decouplify.paths.states import DYNAMIC, ENERGETIC, SILENT, ActivationHistogram, FilterStates, LayerStates
+from decouplify.paths.sweep import Sweep, SweepRun, sweep
 from decouplify.paths.tree import DecisionTree, TreeNode, decision_tree
 
 __all__ = [
@@ -20,9 +25,13 @@ __all__ = [
     "ENERGETIC",
     "SILENT",
     "ActivationHistogram",
+    "BeforeAfter",
     "ClassInformation",
+    "Contrast",
+    "Counterfactual",
     "DecisionTree",
     "FilterStates",
+    "GateEffect",
     "GroupRates",
     "Hopkins",
     "LayerSpec",
@@ -32,14 +41,24 @@ __all__ = [
     "PathSet",
     "PseudoThresholds",
     "RunningIdsWarning",
+    "Sweep",
+    "SweepRun",
     "TreeNode",
+    "before_after",
     "class_information",
     "class_prototypes",
+    "contrast",
+    "counterfactual",
     "decision_tree",
+    "force",
+    "gate_effect",
     "hopkins",
+    "macs_of_paths",
     "merge",
     "path_map",
     "pseudo_paths",
     "pseudo_thresholds",
     "record",
+    "sweep",
+    "transplant",
 ]

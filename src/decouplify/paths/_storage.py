@@ -19,6 +19,7 @@ MANIFEST = "manifest.json"
 FORMAT = "decouplify.pathset"
 FORMAT_VERSION = 1
 ARRAYS = ("bits", "margins", "ids", "labels", "preds", "conf")
+_SCATTERED_ROWS = 256
 _OUR_FILES = {MANIFEST, *(f"{name}.npy" for name in ARRAYS)}
 
 
@@ -192,3 +193,15 @@ def forget_pages(array: NDArray[Any]) -> None:
     mapped = getattr(array, "_mmap", None)  # where np.memmap, and every view of one, keeps its map
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def take_rows(array: NDArray[Any], rows: NDArray[np.intp]) -> NDArray[Any]:
+    """A copy of the rows of an array that may be mapped from a file.
+
+    A few at a time: touching one row maps up to half a megabyte around it.
+    """
+    taken = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    for start in range(0, len(rows), _SCATTERED_ROWS):
+        taken[start : start + _SCATTERED_ROWS] = array[rows[start : start + _SCATTERED_ROWS]]
+        forget_pages(array)
+    return taken

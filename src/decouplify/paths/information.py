@@ -150,7 +150,7 @@ def class_information(paths: PathSet, by: By = "labels") -> ClassInformation:
     groups = paths.rates(by=by)
     if len(groups.values) < 2:
         raise ValueError(f"class_information needs at least 2 classes, {paths!r} has {len(groups.values)}")
-    information, low, high, p_value = _information(groups.counts, groups.n_images)
+    information, low, high, p_value = information_of(groups.counts, groups.n_images)
     return ClassInformation(
         layers=paths.layers,
         values=groups.values,
@@ -187,7 +187,7 @@ def class_prototypes(paths: PathSet, by: By = "labels") -> PathSet:
     )
 
 
-def _information(n_open: NDArray[np.int64], n_images: NDArray[np.int64]) -> tuple[NDArray[np.float64], ...]:
+def information_of(n_open: NDArray[np.int64], n_images: NDArray[np.int64]) -> tuple[NDArray[np.float64], ...]:
     """Corrected bits, both ends of their interval, and p-values, shape (F,) each, some filters at a time."""
     n_filters = n_open.shape[1]
     parts = [_block(n_open[:, start : start + _COLUMNS], n_images) for start in range(0, n_filters, _COLUMNS)]
@@ -195,7 +195,7 @@ def _information(n_open: NDArray[np.int64], n_images: NDArray[np.int64]) -> tupl
 
 
 def _block(n_open: NDArray[np.int64], n_images: NDArray[np.int64]) -> tuple[NDArray[np.float64], ...]:
-    """As ``_information``. Every entropy gains (occupied cells - 1) / 2N nats (Miller 1955).
+    """As ``information_of``. Every entropy gains (occupied cells - 1) / 2N nats (Miller 1955).
 
     Args:
         n_open: Images of each class for which the filter is open, shape (C, F).

@@ -41,7 +41,7 @@ class PathMap(Result):
         rows: Which rows of the path set are shown, shape (N,).
         ids: Their ids, shape (N,).
         labels: Their classes, shape (N,), or ``None``.
-        method: ``"tsne"`` or ``"pca"``, what the positions are.
+        method: ``"tsne"``, ``"opentsne"`` or ``"pca"``, what the positions are.
         layers: Names of the layers used.
         explained_variance: Share of the variance each principal component explains, shape (k,).
         perplexity: The perplexity used; NaN without t-SNE.
@@ -78,7 +78,7 @@ class PathMap(Result):
 
     def headline(self) -> str:
         """The numbers in one or two lines."""
-        name = {"tsne": "t-SNE", "pca": "PCA"}[self.method]
+        name = {"tsne": "t-SNE", "opentsne": "t-SNE", "pca": "PCA"}[self.method]
         line = f"{name} of {len(self.xy)} images, {self.n_distinct} different paths, {self.n_varying} varying filters"
         if not np.isnan(self.knn_accuracy):
             line += (
@@ -120,7 +120,7 @@ class PathMap(Result):
         ax.scatter(self.xy[order, 0], self.xy[order, 1], c=colors[order], s=size, alpha=0.8, linewidths=0)
         ax.set_aspect("equal", adjustable="datalim")
         ax.spines[:].set_color("0.7")
-        if self.method == "tsne":
+        if self.method != "pca":
             ax.set_xticks([])
             ax.set_yticks([])
         else:
@@ -159,7 +159,7 @@ class _Embedding(NamedTuple):
 
 def path_map(
     paths: PathSet,
-    method: Literal["tsne", "pca"] = "tsne",
+    method: Literal["tsne", "opentsne", "pca"] = "tsne",
     n_components_pca: int = 300,
     perplexity: float = 30.0,
     max_images: int = 10_000,
@@ -169,11 +169,12 @@ def path_map(
     """Paths as points in the plane (the architecture encoding map of the paper, Figure 3).
 
     Filters that never change are dropped, the rest reduced to principal components (not whitened) and then, with
-    ``"tsne"``, to two dimensions. A set too poor for that is not an error: the result says so in ``note``.
+    t-SNE, to two dimensions. A set too poor for that is not an error: the result says so in ``note``.
 
     Args:
         paths: The path set; classes are its labels, if it has any.
-        method: ``"tsne"``, or ``"pca"`` for the first two principal components.
+        method: ``"tsne"``; ``"opentsne"``, the same by a package that is faster from some thousand images on; or
+            ``"pca"`` for the first two principal components.
         n_components_pca: Principal components t-SNE starts from, fewer if there are not so many.
         perplexity: Neighbours t-SNE considers, lowered to (N - 1) / 3 for small sets.
         max_images: Show a random subset of this size, classes in proportion, if there are more.
@@ -181,11 +182,11 @@ def path_map(
         layers: Layers to use; all if not given.
 
     Raises:
-        ImportError: If scikit-learn is not installed.
+        ImportError: If scikit-learn, or openTSNE where asked for, is not installed.
         ValueError: If the method is unknown, a number is not positive, or there are no images.
     """
-    if method not in ("tsne", "pca"):
-        raise ValueError(f'path_map: method is {method!r}, wanted "tsne" or "pca"')
+    if method not in ("tsne", "opentsne", "pca"):
+        raise ValueError(f'path_map: method is {method!r}, wanted "tsne", "opentsne" or "pca"')
     if n_components_pca < 1 or perplexity <= 0 or max_images < 1:
         raise ValueError("path_map: n_components_pca, perplexity and max_images must be positive")
     if len(paths) == 0:
@@ -233,14 +234,27 @@ def _embed(varying: NDArray[np.bool_], method: str, n_components: int, perplexit
         )
         return _Embedding(xy, explained, "pca", note=note)
     used = min(perplexity, (n - 1) / 3)
-    tsne = import_optional("sklearn.manifold", "path_map").TSNE(perplexity=used, init="pca", random_state=seed)
     # A step over few points is too short to share: on a machine with other work, threads waiting for each other made
     # 500 images take 31 s instead of 1.5 s. threadpoolctl comes with scikit-learn.
     limits = 1 if n < _MANY_IMAGES else None
     with import_optional("threadpoolctl", "path_map").threadpool_limits(limits):
-        xy = tsne.fit_transform(points).astype(np.float32)
+        xy, divergence = (_tsne if method == "tsne" else _opentsne)(points, used, seed)
     note = f"perplexity lowered from {perplexity:g} to {used:.3g} for {n} images" if used < perplexity else ""
-    return _Embedding(xy, explained, "tsne", float(used), float(tsne.kl_divergence_), note)
+    return _Embedding(xy.astype(np.float32), explained, method, float(used), divergence, note)
+
+
+def _tsne(points: NDArray[np.float32], perplexity: float, seed: int) -> tuple[NDArray[Any], float]:
+    """Positions and what is left of the divergence, by scikit-learn."""
+    tsne = import_optional("sklearn.manifold", "path_map").TSNE(perplexity=perplexity, init="pca", random_state=seed)
+    return tsne.fit_transform(points), float(tsne.kl_divergence_)
+
+
+def _opentsne(points: NDArray[np.float32], perplexity: float, seed: int) -> tuple[NDArray[Any], float]:
+    """The same by openTSNE, which starts from principal components by itself."""
+    package = import_optional("openTSNE", 'path_map(method="opentsne")', extra="fast")
+    n_jobs = 1 if len(points) < _MANY_IMAGES else -1
+    fitted = package.TSNE(perplexity=perplexity, random_state=seed, n_jobs=n_jobs).fit(points)
+    return np.asarray(fitted), float(fitted.kl_divergence)
 
 
 def _class_numbers(shown: PathSet, varying: NDArray[np.bool_]) -> tuple[int, float, float, float]:

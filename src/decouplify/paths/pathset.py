@@ -211,17 +211,18 @@ class PathSet:
     def subset(self, rows: Rows) -> PathSet:
         """The chosen images, in the order given; see ``unpack`` for ``rows``."""
         index = row_index(rows, len(self))
-        bits = self.bits[index]
-        if not isinstance(index, slice):  # else the rows are still read through the map
-            _storage.forget_pages(self.bits)
+
+        def part(array: NDArray[Any]) -> NDArray[Any]:
+            return array[index] if isinstance(index, slice) else _storage.take_rows(array, index)
+
         return replace(
             self,
-            bits=bits,
+            bits=part(self.bits),
             ids=self.ids[index],
             labels=None if self.labels is None else self.labels[index],
             preds=self.preds[index],
             conf=self.conf[index],
-            margins=None if self.margins is None else self.margins[index],
+            margins=None if self.margins is None else part(self.margins),
             manifest=self._manifest_of_part(),
         )
 
