@@ -146,7 +146,7 @@ def test_what_cannot_be_tested_is_missing() -> None:
     found = score_detectors(protocol, np.arange(20) % 2, seen(clean), seen(clean), all_of(20), tests)
     assert list(found) == ["some"]
     nobody = np.zeros(20, bool)
-    with pytest.raises(TooFewImagesError, match="0 images are classified correctly .* at least 2 of one class wanted"):
+    with pytest.raises(TooFewImagesError, match=r"0 images are classified correctly .* at least 2 of one class wanted"):
         score_detectors(protocol, np.arange(20) % 2, seen(clean), seen(clean), nobody, tests)
 
 

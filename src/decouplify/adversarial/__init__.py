@@ -13,11 +13,9 @@ from decouplify.adversarial.attacks import (
     PGD,
     Attack,
     CDRPAttack,
-    Crafted,
     attack_named,
-    craft,
-    target_classes,
 )
+from decouplify.adversarial.crafting import Crafted, craft, target_classes
 from decouplify.adversarial.detect import BASELINES, detect
 from decouplify.adversarial.detectors import DETECTORS, Detector, PrototypeDetector, SklearnDetector
 from decouplify.adversarial.gradients import GateAware, soft_gates

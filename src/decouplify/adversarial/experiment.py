@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from decouplify.adversarial.adaptive import AdaptiveAttack
-from decouplify.adversarial.attacks import Attack, Crafted, craft, name_of
+from decouplify.adversarial.attacks import Attack, name_of
+from decouplify.adversarial.crafting import Crafted, craft
 from decouplify.adversarial.observations import Observation, observe
 from decouplify.adversarial.protocol import Protocol, Seen, TooFewImagesError, score_detectors
 from decouplify.adversarial.result import DetectionResult, DetectionRow
