@@ -9,7 +9,7 @@ from torch import Tensor, nn
 __all__ = ["ArchitectureController", "binarise", "improved_semhash"]
 
 
-def improved_semhash(g: Tensor, noise: float = 1.0) -> Tensor:
+def improved_semhash(g: Tensor, noise: float | Tensor = 1.0) -> Tensor:
     """Gate values for training: soft for one half of the images, binary for the other (Eq. 3-4).
 
     ``t = g + noise * N(0, 1)``; ``v1 = clip(1.2 sigmoid(t) - 0.1, 0, 1)``; ``v2 = 1[t > 0]``. A random half of the
@@ -18,20 +18,21 @@ def improved_semhash(g: Tensor, noise: float = 1.0) -> Tensor:
 
     Args:
         g: Logits, shape (N, K).
-        noise: Standard deviation of the noise; 1 in the paper, annealed to 0 near the end of training.
+        noise: Standard deviation of the noise; 1 in the paper, annealed to 0 near the end of training. A number, or a
+            tensor of no dimensions, whose value may change under a recorded graph.
 
     Returns:
         Shape (N, K), in [0, 1].
     """
-    t = g + noise * torch.randn_like(g) if noise > 0 else g
+    t = g + noise * torch.randn_like(g) if isinstance(noise, Tensor) or noise > 0 else g
     soft = (1.2 * torch.sigmoid(t) - 0.1).clamp(0, 1)
     return torch.where(_random_half(len(g), g.device)[:, None], soft, straight_through(t, soft))
 
 
 def straight_through(t: Tensor, soft: Tensor) -> Tensor:
-    """``1[t > 0]`` with the gradient of ``soft``; NaN where ``t`` is NaN."""
-    # soft - soft is exactly 0, so the value is exactly hard; soft + (hard - soft) would be rounded.
-    return binarise(t) + (soft - soft.detach())
+    """``1[t > 0]`` with the gradient of ``soft``; ``soft`` itself where ``t`` is NaN."""
+    hard = torch.where(t.isnan(), t, (t > 0).to(t.dtype))
+    return soft + (hard - soft).detach()
 
 
 def _random_half(n: int, device: torch.device) -> Tensor:

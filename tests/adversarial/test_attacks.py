@@ -155,9 +155,20 @@ def test_craft_counts_success_by_the_attacks_own_aim(trained) -> None:
     images, labels = trained.images[:40], trained.labels[:40]
     plain = craft(PGD(), trained.pixel, images, labels, batch_size=16)
     assert torch.equal(plain.success, plain.preds != labels)
-    towards = craft(PGD(targeted=True), trained.pixel, images, labels, batch_size=16)
-    assert torch.equal(towards.success, towards.preds == target_classes(labels, 4))
-    assert torch.equal(towards.preds, trained.pixel(towards.images).argmax(1))
+    assert torch.equal(plain.preds, trained.pixel(plain.images).argmax(1))
+
+    class AnywhereElse(PGD):
+        """Is told where to go, and goes to the next class."""
+
+        targeted = True
+
+        def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+            return PGD(targeted=True)(model, images, (labels + 1) % 4)
+
+    wrong = craft(AnywhereElse(), trained.pixel, images, labels, batch_size=16)
+    assert (wrong.preds != labels).any()
+    assert torch.equal(wrong.success, wrong.preds == target_classes(labels, 4))
+    assert not torch.equal(wrong.success, wrong.preds != labels)
 
 
 def test_craft_is_repeatable_and_leaves_the_random_state_alone(trained) -> None:

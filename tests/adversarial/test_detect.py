@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from decouplify.adversarial import FGSM, PGD, DetectionResult, TooFewImagesError, detect, observe
+from decouplify.adversarial import DETECTORS, FGSM, PGD, DetectionResult, Protocol, TooFewImagesError, detect, observe
+from decouplify.adversarial.experiment import Experiment, Images
 from decouplify.adversarial.observations import Original
 
 FAST = {"detectors": ("prototype",), "n_per_class": (1, 5), "repeats": 2}
@@ -52,6 +53,14 @@ def test_placebo_is_a_half_everywhere(result) -> None:
     for row in placebos:
         for score in row.scores:
             assert 0.45 <= score.auc_mean <= 0.55, row.name
+
+
+def test_a_placebo_shows_the_same_images_in_the_same_order(trained) -> None:
+    given = Images(trained.images[:50], trained.labels[:50])
+    experiment = Experiment(trained.pixel, given, Protocol(DETECTORS), batch_size=8)
+    again = experiment.seen_again()
+    np.testing.assert_allclose(again.logits, experiment.clean.logits, atol=1e-4)
+    np.testing.assert_array_equal(again.path, experiment.clean.path)
 
 
 def test_only_correct_images_and_successful_attacks_count(trained, result) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import decouplify
 from decouplify.adversarial import PGD, AdaptiveAttack, GateAware, craft, observe, soft_gates
+from decouplify.controller import straight_through
 from toynets import TOYS
 
 
@@ -31,6 +32,11 @@ def test_gates_stay_exactly_binary_and_can_be_recorded(trained) -> None:
     plain = decouplify.record(trained.pixel.module, batch)
     with soft_gates(trained.pixel):
         assert (decouplify.record(trained.pixel.module, batch).bits == plain.bits).all()
+
+
+def test_straight_through_values_are_not_rounded() -> None:
+    g = torch.linspace(-30, 30, 100_001)
+    assert torch.equal(straight_through(g, torch.sigmoid(g)), (g > 0).float())
 
 
 @pytest.mark.parametrize("slope", [0.5, 1.0, 4.0])
