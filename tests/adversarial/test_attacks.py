@@ -157,7 +157,7 @@ def test_craft_counts_success_by_the_attacks_own_aim(trained) -> None:
     assert torch.equal(plain.success, plain.preds != labels)
     assert torch.equal(plain.preds, trained.pixel(plain.images).argmax(1))
 
-    class AnywhereElse(PGD):
+    class AnywhereElse:
         """Is told where to go, and goes to the next class."""
 
         targeted = True
@@ -166,6 +166,7 @@ def test_craft_counts_success_by_the_attacks_own_aim(trained) -> None:
             return PGD(targeted=True)(model, images, (labels + 1) % 4)
 
     wrong = craft(AnywhereElse(), trained.pixel, images, labels, batch_size=16)
+    assert wrong.name == "AnywhereElse"
     assert (wrong.preds != labels).any()
     assert torch.equal(wrong.success, wrong.preds == target_classes(labels, 4))
     assert not torch.equal(wrong.success, wrong.preds != labels)
