@@ -410,7 +410,7 @@ def detect(
     max_images: Annotated[int, typer.Option(min=4, help="Use so many images, classes in proportion.")] = 1000,
     critical: Annotated[
         int, typer.Option(min=0, help="Images for critical data routing paths, which are slow; 0: leave these out.")
-    ] = 250,
+    ] = 200,
     adaptive: Annotated[bool, typer.Option(help="Run the adaptive attack, too.")] = True,
     split: _Part = _Split.test,
     seed: Annotated[int, typer.Option(help="Of attacks, draws and detectors.")] = 0,

@@ -35,7 +35,7 @@ def detect(
     adaptive_weight: float | None = AdaptiveAttack.weight,
     baselines: Sequence[str] = BASELINES,
     original: nn.Module | None = None,
-    n_critical: int = 250,
+    n_critical: int = 200,
     detectors: Sequence[str] = tuple(DETECTORS),
     n_per_class: Sequence[int] = (1, 5, 10),
     repeats: int = 5,
