@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import torch
-from cifar_data import crop_and_flip, load_cifar10
-from cifar_models import resnet20, resnet56
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import decouplify
+from decouplify.cifar import crop_and_flip, load_cifar10, resnet20, resnet56
 from decouplify.train import DecouplingRecipe, Recipe, decouple, evaluate, train_dense
 
 

@@ -28,7 +28,6 @@ from torch import Tensor
 import decouplify
 from decouplify.data import load_images
 from decouplify.paths import path_map
-from decouplify.report import report
 from decouplify.train import DecouplingRecipe, Recipe, decouple, evaluate, train_dense
 
 MODEL = "test_resnet"
@@ -86,7 +85,7 @@ def main() -> None:
         "CPU time per image, sparse": f"{time_per_image(fast, test_x):.2f} ms ({decouplify.sparse.backend()})",
         "Sparse against masked form": str(verified),
     }
-    write_results(args.out, model, paths, facts, (test_x, test_y), digits)
+    write_results(args.out, model, paths, facts, digits)
 
     table = Table(title=f"{MODEL} on {len(test_y)} held-out digits", show_header=False)
     for name, value in facts.items():
@@ -112,7 +111,6 @@ def write_results(
     model: torch.nn.Module,
     paths: decouplify.PathSet,
     facts: dict[str, str],
-    test: tuple[Tensor, Tensor],
     digits: Any,
 ) -> None:
     extra = {"model": f"timm:{MODEL}", "model_kwargs": {"num_classes": 10, "in_chans": 1}, "data": "digits"}
@@ -121,15 +119,16 @@ def write_results(
     for name, result in (("path_map", path_map(paths)), ("filter_states", paths.filter_states())):
         axes = result.plot()
         axes.figure.savefig(out / f"{name}.png", dpi=120, bbox_inches="tight")
-    page = report(
+    page = decouplify.report(
         model,
-        *test,
+        digits.loader("test"),
         out / "index.html",
         title="Calculation paths of handwritten digits",
         class_names=digits.class_names,
-        paths=paths,
+        mean=digits.mean,
+        std=digits.std,
         facts={name: value for name, value in facts.items() if name not in COMPUTED_BY_REPORT},
-        pictures=digits.test_images,
+        progress=False,
     )
     assert page.exists()
 

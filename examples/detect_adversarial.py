@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar_data import CLASSES, MEAN, STD, load_cifar10
-from cifar_models import resnet20, resnet56
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -36,6 +34,7 @@ from decouplify.adversarial import (
     detect,
 )
 from decouplify.checkpoint import read_record
+from decouplify.cifar import CLASSES, MEAN, STD, load_cifar10, resnet20, resnet56
 
 NETWORKS = {"resnet20": resnet20, "resnet56": resnet56}
 SOURCE, TARGET = CLASSES.index("dog"), CLASSES.index("truck")

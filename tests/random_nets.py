@@ -254,6 +254,29 @@ class MixedBranches(nn.Module):
         return self.act(self.depthwise(x) + self.full(x))
 
 
+class NormOfGated(nn.Module):
+    """Norms, a pool and all kinds of readers behind a gate: closed channels hold constants there."""
+
+    def __init__(self, c: int, k: int, spec: Spec) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(c, 4, 3, spec.stride, 1, bias=spec.bias)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+        self.acts = nn.ModuleList(ACTIVATIONS[spec.act]() for _ in range(3))
+        self.grouped, self.depthwise = nn.Conv2d(4, 6, 2, groups=2), nn.Conv2d(4, 4, 2, groups=4, bias=spec.bias)
+        self.pool, self.one = nn.AvgPool2d(2, 1, 0 if spec.bias else 1), nn.Conv2d(4, 2, 1)
+        self.linear = nn.Linear(4, 3)
+        self.last = nn.Conv2d(6 + 4 + 2 + 3, k, spec.kernel, padding=spec.kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(self.first(x), (1, 1, 1, 1), mode="replicate")
+        a, b, c = (act(norm(x)) for norm, act in zip(self.norms, self.acts, strict=True))
+        maps = [self.grouped(a), self.depthwise(b * 0.5 + 1), self.one(self.pool(c)[:, :, :-1, :-1])]
+        maps[2] = maps[2][:, :, : maps[0].shape[2], : maps[0].shape[3]]
+        d = self.linear(c.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)[:, :, 1:, 1:]
+        smallest = min(m.shape[2] for m in (*maps, d))
+        return self.last(torch.cat([m[:, :, :smallest, :smallest] for m in (*maps, d)], 1))
+
+
 BLOCKS: tuple[type[nn.Module], ...] = (
     Plain,
     Functional,
@@ -269,6 +292,7 @@ BLOCKS: tuple[type[nn.Module], ...] = (
     Twice,
     StandardisedBlock,
     MixedBranches,
+    NormOfGated,
 )
 HEADS = ("linear", "conv", "two", "flatten")
 

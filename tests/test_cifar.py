@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,18 +10,13 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import decouplify
+from decouplify.cifar import crop_and_flip, load_cifar10, resnet20
 from decouplify.train import DecouplingRecipe, decouple, evaluate
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_resnet20_learns_a_path_for_almost_every_image(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-    from cifar_data import crop_and_flip, load_cifar10
-    from cifar_models import resnet20
-
+def test_resnet20_learns_a_path_for_almost_every_image(shared_data: Path) -> None:
     data = load_cifar10(str(shared_data / "data" / "cifar10-jpeg.bin"))
     model = resnet20()
     model.load_state_dict(load_file(shared_data / "models" / "cifar10-resnet20.safetensors"))

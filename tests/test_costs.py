@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import decouplify
-from decouplify.costs import CostModel, Reader, channels_exist
+from decouplify.costs import CostModel, channels_exist
+from decouplify.flow import GateSet
 from decouplify.sparse import count_executed_macs
 from toynets import SIZE, TOYS, random_images, randomise_gates, run
 
@@ -38,14 +39,15 @@ def macs_by_loop(costs: CostModel, path: list[float], first_column: dict[str, in
                 continue
             group = filter_ // filters_per_group
             for channel in range(group * channels_per_group, (group + 1) * channels_per_group):
-                if channel_exists(reader, channel, path):
+                if not is_known(reader.exists[channel], path) and not is_known(reader.constant[channel], path):
                     total += reader.n_positions
+                elif is_known(reader.constant[channel], path):
+                    total += 1  # into the bias
     return total
 
 
-def channel_exists(reader: Reader, channel: int, path: list[float]) -> bool:
-    gates = reader.exists[channel]
-    return gates is None or any(path[column] for column in gates)
+def is_known(gates: GateSet, path: list[float]) -> bool:
+    return gates is not None and not any(path[column] for column in gates)
 
 
 @pytest.mark.parametrize("name", TOYS)

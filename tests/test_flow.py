@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import decouplify
+from decouplify import aten
 from decouplify.costs import Reader
+from decouplify.errors import PlanError
 from decouplify.flow import GateSet
 from decouplify.modes import eval_mode
 from toynets import SIZE, TOYS, random_gates, random_images, run
@@ -108,10 +110,19 @@ def zeros_on_all_paths(model: nn.Module) -> Iterator[tuple[Reader, Tensor, Tenso
 
 
 def sets_of(model: nn.Module, reader: str) -> list[list[str] | None]:
-    """The gate set of each input channel as "gate[filter]", None for dense."""
+    """The gates that must be closed for each input channel to be zero, as "gate[filter]"; None for dense."""
+    return named_sets(model, reader, "exists")
+
+
+def constants_of(model: nn.Module, reader: str) -> list[list[str] | None]:
+    """As ``sets_of``, for channels that are then another constant."""
+    return named_sets(model, reader, "constant")
+
+
+def named_sets(model: nn.Module, reader: str, kind: str) -> list[list[str] | None]:
     names = [f"{gate}[{i}]" for gate, columns in columns_of(model).items() for i in range(len(columns))]
     (found,) = (r for r in model.decoupling.costs.readers if r.name == reader)
-    return [None if s is None else [names[column] for column in sorted(s)] for s in found.exists]
+    return [None if s is None else [names[column] for column in sorted(s)] for s in getattr(found, kind)]
 
 
 def narrow(name: str, width: int = 2) -> nn.Module:
@@ -158,6 +169,25 @@ def test_flattened_maps_repeat_the_gate_of_their_channel() -> None:
     body = nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 3, 4), nn.Flatten(), nn.Linear(18, 5)
     model = decouplify.wrap(nn.Sequential(*body), SIZE)
     assert sets_of(model, "3") == [["1[0]"]] * 9 + [["1[1]"]] * 9
+
+
+def test_a_norm_makes_constants_for_readers_without_a_border() -> None:
+    model = narrow("NormOfGated")
+    for reader in ("one", "grouped"):
+        assert sets_of(model, reader) == [None, None]
+        assert constants_of(model, reader) == [["a[0]"], ["a[1]"]]
+    for reader in ("padded", "pooled"):  # around the map, and in the mean with what is around it, the constant ends
+        assert sets_of(model, reader) == constants_of(model, reader) == [None, None]
+
+
+def test_a_reader_of_one_position_reads_constants_as_they_are() -> None:
+    assert constants_of(decouplify.wrap(nn.Sequential(*single_position()), SIZE), "5") == [None, None]
+
+
+def single_position() -> list[nn.Module]:
+    """The last layer would need as many multiply-accumulates to fold a constant as to read it."""
+    norm = nn.BatchNorm2d(2)
+    return [nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 3), norm, nn.MaxPool2d(12), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1)]
 
 
 # Single operators -----------------------------------------------------------------------------------------------------
@@ -208,6 +238,33 @@ OPERATORS = {
     "channels become positions": lambda x, y: x.transpose(1, 3),
     "softmax over channels": lambda x, y: x.softmax(1),
     "matmul over positions": lambda x, y: x @ y,
+    "norm": lambda x, y: four_norm(x),
+    "norm and relu": lambda x, y: four_norm(x).relu(),
+    "norm of two": lambda x, y: four_norm(x + y),
+    "norms added": lambda x, y: four_norm(x) + four_norm(y),
+    "norm plus zero": lambda x, y: four_norm(x) + y,
+    "norm times another": lambda x, y: four_norm(x) * y,
+    "norm with statistics of the image": lambda x, y: F.batch_norm(x, None, None, training=True),
+    "frozen norm": lambda x, y: x * PER_CHANNEL + PER_CHANNEL,
+    "shift by a map": lambda x, y: x + torch.linspace(0, 1, 8),
+    "divide a norm by a number": lambda x, y: four_norm(x) / 2,
+    "divide by a norm": lambda x, y: x / four_norm(x),
+    "prelu of a norm": lambda x, y: F.prelu(four_norm(x), PER_CHANNEL.flatten()),
+    "sigmoid and norm": lambda x, y: four_norm(x.sigmoid()),
+    "norm, average pool": lambda x, y: F.avg_pool2d(four_norm(x), 3, 1, 1),
+    "norm, average pool of what is there": lambda x, y: F.avg_pool2d(four_norm(x), 3, 1, 1, count_include_pad=False),
+    "norm, max pool": lambda x, y: F.max_pool2d(four_norm(x), 3, 1, 1),
+    "norm, upsample": lambda x, y: F.interpolate(four_norm(x), scale_factor=2.0),
+    "norm, pad": lambda x, y: F.pad(four_norm(x), (1, 1)),
+    "norm, mirror": lambda x, y: F.pad(four_norm(x), (1, 1, 1, 1), mode="reflect"),
+    "norm, pad channels": lambda x, y: F.pad(four_norm(x), (0, 0, 0, 0, 1, 2)),
+    "norm, sum of rows": lambda x, y: four_norm(x).sum(2, keepdim=True).expand(-1, -1, 8, -1),
+    "norm, pixel shuffle": lambda x, y: F.pixel_shuffle(four_norm(x), 2),
+    "norm, shuffle": lambda x, y: F.channel_shuffle(four_norm(x), 2),
+    "norm, concatenate": lambda x, y: torch.cat([four_norm(x), y], 1),
+    "norm, mean over channels": lambda x, y: four_norm(x).mean(1, keepdim=True),
+    "norm of a norm": lambda x, y: four_norm(four_norm(x)),
+    "norm, channels become positions": lambda x, y: four_norm(x).transpose(1, 3),
 }
 #: Operators whose zeros are found only in part, or not at all.
 CAUTIOUS = {
@@ -216,8 +273,27 @@ CAUTIOUS = {
     "multiply",
     "pad channels with ones",
     "scale by a map",
+    "divide by a norm",
+    "norm and relu",  # a negative constant is zero after it, until training changes it
+    "norm times another",
     "written through a view",
 }
+#: Operators whose constants are found only in part, or not at all.
+CAUTIOUS_ABOUT_CONSTANTS = CAUTIOUS - {"norm and relu"} | {
+    "clamp 1 to 6",  # of small features
+    "mean over channels",
+    "norm with statistics of the image",
+    "norm, mean over channels",
+    "norm, sum of rows",
+    "softmax over channels",
+}
+PER_CHANNEL = torch.tensor([0.7, -0.4, 1.3, 0.6]).view(4, 1, 1)
+
+
+def four_norm(x: Tensor) -> Tensor:
+    """A batch norm of four channels with statistics."""
+    mean, variance = PER_CHANNEL.flatten(), PER_CHANNEL.flatten().square()
+    return F.batch_norm(x, mean, variance, mean.flip(0), variance.flip(0))
 
 
 def write_through_view(y: Tensor) -> Tensor:
@@ -249,3 +325,34 @@ def test_labels_pass_an_operator_as_zeros_do(name: str) -> None:
     assert not (predicted & ~zero).any()
     if name not in CAUTIOUS:
         assert torch.equal(predicted, zero)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_labels_pass_an_operator_as_constants_do(name: str) -> None:
+    model = decouplify.wrap(TwoMaps(OPERATORS[name]), SIZE, only=["x", "y"], verify=False)
+    paths, maps = maps_on_all_paths(model)
+    (reader,) = (r for r in visible_readers(model) if r.name == "reader")
+    uniform = (maps.amax(1) - maps.amin(1)) < 1e-6  # (paths, channels)
+    known = torch.zeros_like(uniform)
+    for channel, (zero, constant) in enumerate(zip(reader.exists, reader.constant, strict=True)):
+        closed = torch.tensor([is_zero(constant, path) for path in paths.tolist()])
+        values = maps[closed, :, channel]
+        assert not len(values) or torch.allclose(values, values[:1, :1], atol=1e-6), channel
+        known[:, channel] = closed | torch.tensor([is_zero(zero, path) for path in paths.tolist()])
+    assert not (known & ~uniform).any()
+    if name not in CAUTIOUS_ABOUT_CONSTANTS and maps.shape[1] > 1:
+        assert torch.equal(known, uniform)
+
+
+def maps_on_all_paths(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """All paths, and what the reader reads under each, shape (paths, positions, channels)."""
+    paths = torch.tensor(list(itertools.product((0.0, 1.0), repeat=model.decoupling.plan.n_filters)))
+    gates = {gate: paths[:, columns.start : columns.stop] for gate, columns in columns_of(model).items()}
+    maps = inputs_of_readers(model, gates, random_images(1).expand(len(paths), -1, -1, -1))["reader"]
+    return paths, maps.flatten(1, 2)
+
+
+def test_wrap_looks_at_the_constants_it_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aten, "averages_padding", lambda node: False)  # the mean is another one at the border
+    with pytest.raises(PlanError, match="closed gates leave features where none were expected, at the input of pooled"):
+        TOYS["NormOfGated"].wrapped()

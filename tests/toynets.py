@@ -636,6 +636,25 @@ class ChannelShuffle(Classifier):
         return self.after(y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
 
 
+@toy({name: ([name], [name]) for name in ("a", "one", "pooled", "padded", "grouped")})
+class NormOfGated(Classifier):
+    """As DenseNet: norms stand between a gate and what reads it, so that closed channels hold constants."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.a = nn.Conv2d(width, width, 3, 1, 1)
+        self.norm1, self.norm2, self.relu = nn.BatchNorm2d(width), nn.BatchNorm2d(width), nn.ReLU()
+        self.one, self.padded = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 3, 1, 1)
+        self.grouped = nn.Conv2d(width, width, 2, groups=2)
+        self.pool, self.pooled = nn.AvgPool2d(3, 1, 1), nn.Conv2d(width, width, 1, bias=False)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y, z = self.relu(self.norm1(x)), self.norm2(x)
+        same_size = self.one(y) + self.pooled(self.pool(y)) + self.padded(y)
+        return same_size[:, :, 1:, 1:] + self.grouped(z)
+
+
 @toy({"a.0": (["a.0"], ["a.2"]), "b.0": (["b.0"], ["b.2"]), "c.0": (["c.0"], ["c.2"])})
 class DenseConcat(Classifier):
     """Every layer reads all that came before."""

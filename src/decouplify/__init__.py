@@ -6,7 +6,7 @@ from decouplify.checkpoint import load, save
 from decouplify.macs import count_macs
 from decouplify.paths import PathSet, record
 from decouplify.plan import Plan
-from decouplify.report import report
+from decouplify.reporting import report
 from decouplify.sparse import sparsify, verify
 from decouplify.surgery import inspect, unwrap, wrap
 

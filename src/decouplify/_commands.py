@@ -36,7 +36,7 @@ from decouplify.paths._distance import stratified_rows
 from decouplify.paths._text import plain
 from decouplify.plan import Plan
 from decouplify.registry import build_model, model_kwargs, rebuild_model
-from decouplify.report import Fact, headline_facts, study, write_page
+from decouplify.reporting import Fact, headline_facts, study, write_page
 from decouplify.sparse import backend
 from decouplify.train import DecouplingRecipe, Recipe, decouple, evaluate, train_dense
 

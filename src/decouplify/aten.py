@@ -36,11 +36,14 @@ __all__ = [
     "SPATIAL",
     "ZEROS",
     "argument",
+    "averages_padding",
     "conv_arguments",
+    "has_fixed_statistics",
     "is_global_pool",
     "is_random",
     "is_spatial_zero_pad",
     "is_transposed",
+    "is_unpadded",
     "is_zero_preserving",
     "name_of",
     "tensor_inputs",
@@ -254,6 +257,28 @@ def _at_most(low: Any, high: Any) -> bool:
     if low is None or high is None:
         return True
     return isinstance(low, (int, float)) and isinstance(high, (int, float)) and low <= high
+
+
+def has_fixed_statistics(node: Node) -> bool:
+    """Whether a batch norm maps each channel by two numbers of its own, whatever the image."""
+    return argument(node, "running_mean") is not None and not argument(node, "training")
+
+
+def averages_padding(node: Node) -> bool:
+    """Whether a pooling node averages zeros around the map into it, so that a constant map does not stay constant."""
+    if name_of(node) != "avg_pool2d" or not argument(node, "count_include_pad", True):
+        return False
+    padding = argument(node, "padding", 0)
+    return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+
+
+def is_unpadded(node: Node) -> bool:
+    """Whether a 2-D convolution node reads nothing beyond the border of its input."""
+    padding = conv_arguments(node)[1]
+    if isinstance(padding, str):
+        kernel = value_of(node.args[1]).shape[2:]  # type: ignore[arg-type]  # a weight is a node
+        return padding == "valid" or kernel.numel() == 1
+    return not any(padding)
 
 
 def is_spatial_zero_pad(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Save and load wrapped models: a safetensors file whose metadata repeats the surgery. Nothing in it is code."""
+"""Save and load models: a safetensors file whose metadata repeats the surgery. Nothing in it is code."""
 
 from __future__ import annotations
 
@@ -24,30 +24,36 @@ __all__ = ["load", "read_record", "save"]
 _FORMAT = 1
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None, *, half: bool = False
+) -> None:
     """Write a wrapped model to a file, which appears whole or not at all.
 
     Args:
-        model: A wrapped model.
+        model: A wrapped model; or one without gates, a dense twin for instance, which ``load`` then leaves unwrapped.
         path: Where to; a ``.safetensors`` file.
         extra: More facts for the record (data set, accuracy, ...), anything JSON can hold.
+        half: Store the network's weights in float16. Biases, norms and everything that decides about gates stay as
+            they are: near the threshold half precision flips gates.
 
     Raises:
-        ValueError: If the model is not wrapped.
         FileNotFoundError: If the directory does not exist.
     """
-    decoupling = decoupling_of(model, "save")
-    owner = next(m for m in model.modules() if getattr(m, "decoupling", None) is decoupling)
+    wrapped = any(isinstance(module, Decoupling) for module in model.modules())
+    decoupling = decoupling_of(model, "save") if wrapped else None
+    owner = model if decoupling is None else _owner(model, decoupling)
     record = {
         "format": _FORMAT,
         "decouplify": __version__,
         "torch": torch.__version__,
-        "n_classes": decoupling.n_classes,
-        "plan": decoupling.plan.to_dict(),
+        "n_classes": None if decoupling is None else decoupling.n_classes,
+        "plan": None if decoupling is None else decoupling.plan.to_dict(),
         "extra": dict(extra or {}),
     }
     # Tensors may share memory (tied weights); a file holds each by itself.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in owner.state_dict().items()}
+    if half:
+        tensors = {name: _halved(name, tensor) for name, tensor in tensors.items()}
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"save: no directory {target.parent}; create it first")
@@ -59,8 +65,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: Mapping[str, Any
         part.unlink(missing_ok=True)
 
 
+def _owner(model: nn.Module, decoupling: Decoupling) -> nn.Module:
+    """The wrapped module itself, inside of DistributedDataParallel and the like."""
+    return next(module for module in model.modules() if getattr(module, "decoupling", None) is decoupling)
+
+
+def _halved(name: str, tensor: Tensor) -> Tensor:
+    keep = name.startswith("decoupling.") or tensor.dim() < 2 or not tensor.is_floating_point()
+    return tensor if keep else tensor.half()
+
+
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The facts stored with a checkpoint: format, versions, ``n_classes``, ``plan`` and ``extra``.
+    """The facts stored with a checkpoint: format, versions, ``n_classes``, ``plan`` (None without gates), ``extra``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -70,7 +86,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """The given model, wrapped as the saved one was and with its weights.
+    """The given model, wrapped as the saved one was (if it was) and with its weights.
 
     Args:
         model: A fresh, unwrapped model of the saved architecture; changed in place.
@@ -82,6 +98,12 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         PlanError: If the model is wrapped already.
     """
     record, tensors = _read(path)
+    if record.get("plan") is None:
+        if any(isinstance(module, Decoupling) for module in model.modules()):
+            raise PlanError(f"{path} has no gates and {type(model).__name__} is wrapped; load into a fresh model")
+        _check_tensors(model.state_dict(), tensors, path)
+        model.load_state_dict(tensors)
+        return model
     plan = _saved_plan(record, path)
     _wrap_as_saved(model, plan, record["n_classes"], path)
     try:

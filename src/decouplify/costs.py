@@ -2,8 +2,11 @@
 
 A convolution computes its *open* filters from the input channels that *exist*: those that are not known to be zero. A
 filter is not computed if its gate is closed; a channel does not exist if all gates of its set (see ``flow``) are
-closed. Counted are convolutions, linear layers and the controllers; sums, norms and activations are not, nor is what
-does not depend on the image, such as an embedding of positions.
+closed. A channel that then holds a constant is not read either where the constant can be made a part of the bias: that
+costs one multiply-accumulate per open filter, instead of one per position as well.
+
+Counted are convolutions, linear layers and the controllers; sums, norms and activations are not, nor is what does not
+depend on the image, such as an embedding of positions.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ class Reader:
         n_inputs: Input channels.
         n_outputs: Filters.
         groups: Groups of the convolution.
-        exists: For each input channel its gate set.
+        exists: For each input channel the gates that must all be closed for it to be zero.
+        constant: For each input channel the gates that must all be closed for it to hold another constant that can be
+            made a part of the bias; None where there are no such gates, or the bias cannot stand for it.
         gate: Gate that decides which filters are computed, None if all are.
     """
 
@@ -46,12 +51,27 @@ class Reader:
     n_outputs: int
     groups: int
     exists: tuple[GateSet, ...]
+    constant: tuple[GateSet, ...]
     gate: str | None
+
+    @property
+    def read(self) -> tuple[GateSet, ...]:
+        """For each input channel the gates that must all be closed for it not to be read."""
+        return tuple(z if z is not None else c for z, c in zip(self.exists, self.constant, strict=True))
 
     @property
     def n_macs(self) -> int:
         """Multiply-accumulates with all filters and all channels."""
         return self.n_positions * self.n_outputs * self.n_inputs // self.groups
+
+    @property
+    def is_bilinear(self) -> bool:
+        """Whether its MACs are a product of two sums of gates.
+
+        That is so with one group, no channel that several gates decide, and no constant to be folded.
+        """
+        plain = all(s is None or len(s) <= 1 for s in self.exists) and all(s is None for s in self.constant)
+        return plain and self.groups == 1
 
 
 def find_readers(trace: Trace, matching: Matching, flow: Flow) -> list[Reader]:
@@ -75,9 +95,23 @@ def _reader(trace: Trace, flow: Flow, node: Node, gate: str | None) -> Reader:
     understood = (is_linear or is_conv) and weight in trace.static
     groups = aten.conv_arguments(node)[3] if is_conv else 1
     n_inputs = int(shape[1]) * groups
-    sets = flow.channels(data, -1 if is_linear else 1) if understood else [None] * n_inputs
     n_positions = n_macs(node) * groups // (int(shape[0]) * n_inputs)
-    return Reader(node.name, trace.owner_of(node), n_positions, n_inputs, int(shape[0]), groups, tuple(sets), gate)
+    # A border of zeros would show in the output; at a single position there is nothing to gain.
+    folds = n_positions > 1 and (is_linear or (is_conv and aten.is_unpadded(node)))
+    axis = -1 if is_linear else 1
+    zeros = flow.zeros(data, axis) if understood else [None] * n_inputs
+    constants = flow.constants(data, axis) if understood and folds else [None] * n_inputs
+    return Reader(
+        node=node.name,
+        name=trace.owner_of(node),
+        n_positions=n_positions,
+        n_inputs=n_inputs,
+        n_outputs=int(shape[0]),
+        groups=groups,
+        exists=tuple(zeros),
+        constant=tuple(constants),
+        gate=gate,
+    )
 
 
 def channels_exist(gates: Tensor, columns: Tensor) -> Tensor:
@@ -90,7 +124,19 @@ def channels_exist(gates: Tensor, columns: Tensor) -> Tensor:
     Returns:
         Shape (N, C). For binary gates exactly 0 or 1; in between it is differentiable.
     """
-    return 1 - torch.prod(1 - gates[:, columns], dim=-1)
+    return 1 - _product(1 - gates[:, columns])
+
+
+def _product(factors: Tensor) -> Tensor:
+    """Product over the last dimension.
+
+    The gradient of ``torch.prod`` asks the host whether a factor is 0, which makes a GPU wait at every step.
+    """
+    while factors.shape[-1] > 1:
+        half = factors.shape[-1] // 2
+        pairs = factors[..., :half] * factors[..., half : 2 * half]
+        factors = torch.cat([pairs, factors[..., 2 * half :]], -1)
+    return factors.squeeze(-1)
 
 
 def index_matrix(sets: Sequence[GateSet], columns: Sequence[int]) -> Tensor:
@@ -126,6 +172,7 @@ class CostModel:
         self._columns = columns
         self._n_filters = plan.n_filters
         self._index: dict[tuple[int, torch.device], Tensor | None] = {}
+        self._factors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, trace: Trace, matching: Matching) -> CostModel:
@@ -142,16 +189,46 @@ class CostModel:
         Returns:
             Shape (N,), in the precision of ``gates`` (use float64 for exact counts), differentiable.
         """
-        return sum(
-            (self.of_reader(i, gates) for i in range(len(self.readers))), self.n_controllers + gates[:, :0].sum(1)
-        )
+        others = [i for i, reader in enumerate(self.readers) if not reader.is_bilinear]
+        with torch.autocast(gates.device.type, enabled=False):  # counts are not for half precision
+            return self.n_controllers + self._of_bilinear(gates) + sum(self.of_reader(i, gates) for i in others)
+
+    def _of_bilinear(self, gates: Tensor) -> Tensor:
+        """Executed multiply-accumulates of all bilinear readers together, shape (N,): two matrix products."""
+        filters, channels, n_positions = self._bilinear_factors(gates)
+        known = torch.cat([gates, gates.new_ones(len(gates), 1)], 1)
+        return ((known @ filters) * (known @ channels) * n_positions).sum(1)
+
+    def _bilinear_factors(self, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which gates count as filters and as channels of each reader, (F + 1, R) each, and its positions, (R,).
+
+        The last row counts filters and channels that always exist.
+        """
+        key = (gates.device, gates.dtype)
+        if key not in self._factors:
+            readers = [reader for reader in self.readers if reader.is_bilinear]
+            filters, channels = torch.zeros(2, self._n_filters + 1, len(readers), dtype=torch.float64).unbind()
+            for r, reader in enumerate(readers):
+                for k in range(reader.n_outputs):
+                    filters[self._n_filters if reader.gate is None else self._columns[reader.gate][k], r] += 1
+                for exists in reader.exists:
+                    for column in (self._n_filters,) if exists is None else exists:
+                        channels[column, r] += 1
+            n_positions = torch.tensor([reader.n_positions for reader in readers], dtype=torch.float64)
+            self._factors[key] = filters.to(gates), channels.to(gates), n_positions.to(gates)
+        return self._factors[key]
 
     def of_reader(self, i: int, gates: Tensor) -> Tensor:
         """Executed multiply-accumulates of one reader, shape (N,)."""
         reader = self.readers[i]
         n_open = self._per_group(self._open(reader, gates), reader.groups)
-        n_existing = self._per_group(self._existing(i, gates), reader.groups)
-        return reader.n_positions * (n_open * n_existing).sum(1)
+        read = self._read(i, gates)
+        n_macs = reader.n_positions * (n_open * self._per_group(read, reader.groups)).sum(1)
+        if all(s is None for s in reader.constant):
+            return n_macs
+        constant = torch.tensor([s is not None for s in reader.constant], device=gates.device)
+        n_folded = self._per_group((1 - read) * constant, reader.groups)
+        return n_macs + (n_open * n_folded).sum(1)
 
     def _open(self, reader: Reader, gates: Tensor) -> Tensor:
         if reader.gate is None:
@@ -159,7 +236,7 @@ class CostModel:
         columns = self._columns[reader.gate]
         return gates[:, columns.start : columns.stop]
 
-    def _existing(self, i: int, gates: Tensor) -> Tensor:
+    def _read(self, i: int, gates: Tensor) -> Tensor:
         reader = self.readers[i]
         columns = self.columns_of(i, gates.device)
         if columns is None:
@@ -168,10 +245,10 @@ class CostModel:
         return channels_exist(padded, columns)
 
     def columns_of(self, i: int, device: torch.device) -> Tensor | None:
-        """Index matrix of a reader's input channels for ``channels_exist``; None if every channel always exists."""
+        """Index matrix of a reader's input channels for ``channels_exist``; None if every channel is always read."""
         key = (i, device)
         if key not in self._index:
-            sets = self.readers[i].exists
+            sets = self.readers[i].read
             everything = range(self._n_filters)
             self._index[key] = None if all(s is None for s in sets) else index_matrix(sets, everything).to(device)
         return self._index[key]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from decouplify._optional import import_optional
+from decouplify.cifar import CLASSES, read_c10j1
 
 __all__ = ["ImageSet", "Normalise", "Split", "load_images", "stratified_split"]
 
@@ -63,6 +64,7 @@ class ImageSet:
         mean: Mean of the training pixels per channel, scaled to [0, 1].
         std: Their standard deviation per channel; 1 where all pixels are equal.
         name: Where the images come from.
+        has_own_test: Whether the set came with its test part, or was split here.
     """
 
     train_images: Pixels
@@ -73,6 +75,7 @@ class ImageSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str = ""
+    has_own_test: bool = True
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train_images)} + {len(self.test_images)} images {self.image_size}"
@@ -83,6 +86,14 @@ class ImageSet:
         """Size (C, H, W) of one image, as a network sees it."""
         height, width, channels = self.train_images.shape[1:]
         return channels, height, width
+
+    @property
+    def held_out(self) -> tuple[Pixels, Labels]:
+        """What a network that was trained elsewhere is judged on: the set's own test part, or else all images."""
+        if self.has_own_test and len(self.test_images):
+            return self.test_images, self.test_labels
+        images = np.concatenate([self.train_images, self.test_images])
+        return images, np.concatenate([self.train_labels, self.test_labels])
 
     def pixels(self, split: Split = "test") -> tuple[Pixels, Labels]:
         """Images (N, H, W, C) and labels (N,) of one part.
@@ -99,11 +110,15 @@ class ImageSet:
     def tensors(self, split: Split = "test") -> tuple[Tensor, Tensor]:
         """Normalised images, float32 (N, C, H, W), and labels, int64 (N,), of one part."""
         pixels, labels = self.pixels(split)
+        return self.normalised(pixels), torch.from_numpy(labels)
+
+    def normalised(self, pixels: Pixels) -> Tensor:
+        """What a network reads, float32 (N, C, H, W), of pixels (N, H, W, C)."""
         normalise = Normalise(self.mean, self.std)
         images = torch.empty(len(pixels), *self.image_size)
         for start in range(0, len(pixels), _CHUNK):
             images[start : start + _CHUNK] = normalise(pixels[start : start + _CHUNK])
-        return images, torch.from_numpy(labels)
+        return images
 
     def loader(self, split: Split = "test", batch_size: int = 256, shuffle: bool = False) -> DataLoader[Any]:
         """Batches of normalised images (n, C, H, W), labels (n,) and ids (n,), which are indices into the part."""
@@ -143,11 +158,12 @@ def load_images(
     """Labelled images in memory.
 
     Args:
-        spec: One of three. ``"digits"``: the 1,797 handwritten digits of scikit-learn, 500 of them for testing. An
+        spec: One of four. ``"digits"``: the 1,797 handwritten digits of scikit-learn, 500 of them for testing. An
             ``.npz`` file with arrays ``images`` (N, H, W) or (N, H, W, C), uint8, and ``labels`` (N,), integers;
             optionally ``test_images`` and ``test_labels``, and ``class_names`` in the order of the sorted labels. A
             directory with one folder of pictures per class, or with such folders in ``train/`` and in ``test/`` or
-            ``val/``. Sets without a test part are split 80 to 20, classes in proportion.
+            ``val/``. A ``.bin`` file of CIFAR-10 images, see ``decouplify.cifar.read_c10j1``. Sets without a test part
+            are split 80 to 20, classes in proportion.
         channels: 1 or 3; by default as stored, pictures in a directory 3.
         size: Height and width of the images, one number if they are equal. Pictures in a directory are scaled and
             cropped at the centre, arrays are scaled. By default digits get 32, and others keep their size.
@@ -170,10 +186,14 @@ def load_images(
         parts = _directory(path, channels or 3, height_width, seed)
     elif path.suffix == ".npz" and path.is_file():
         parts = _npz(path, height_width, seed)
+    elif path.suffix == ".bin" and path.is_file():
+        parts = _c10j1(path, height_width)
     elif path.exists():
-        raise ValueError(f'{path} is no data set: wanted "digits", an .npz file or a directory with a folder per class')
+        raise ValueError(
+            f'{path} is no data set: wanted "digits", an .npz or .bin file, or a directory with a folder per class'
+        )
     else:
-        raise FileNotFoundError(f'no data at {name}: wanted "digits", an .npz file or a directory')
+        raise FileNotFoundError(f'no data at {name}: wanted "digits", an .npz or .bin file, or a directory')
     return _image_set(parts, name, channels)
 
 
@@ -184,6 +204,7 @@ class _Parts:
     train: tuple[Pixels, Labels]
     test: tuple[Pixels, Labels]
     class_names: tuple[str, ...]
+    has_own_test: bool = True
 
 
 def stratified_split(labels: Labels, n_test: int, seed: int = 0) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -255,7 +276,16 @@ def _npz(path: Path, size: tuple[int, int] | None, seed: int) -> _Parts:
         train, test = ((images[part], labels[part]) for part in rows)
     if size is not None:
         train, test = ((_resize(part[0], size), part[1]) for part in (train, test))
-    return _Parts(train, test, _class_names(arrays, values, path))
+    return _Parts(train, test, _class_names(arrays, values, path), "test_images" in arrays)
+
+
+def _c10j1(path: Path, size: tuple[int, int] | None) -> _Parts:
+    train_images, train_labels, test_images, test_labels = read_c10j1(path)
+    if not len(train_images) + len(test_images):
+        raise ValueError(f"{path} holds no images")
+    if size is not None and size != train_images.shape[1:3]:
+        train_images, test_images = _resize(train_images, size), _resize(test_images, size)
+    return _Parts((train_images, train_labels), (test_images, test_labels), CLASSES)
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -303,7 +333,7 @@ def _directory(root: Path, channels: int, size: tuple[int, int] | None, seed: in
         images, labels = _read_folders(root, classes, channels, size)
         rows = stratified_split(labels, max(1, round(_TEST_SHARE * len(labels))), seed)
         train, test = ((images[part], labels[part]) for part in rows)
-        return _Parts(train, test, classes)
+        return _Parts(train, test, classes, has_own_test=False)
     if "train" not in splits or len(splits) < 2:
         raise ValueError(f"{root} has {' and '.join(splits)}/, wanted train/ and one of test/ and val/")
     classes = tuple(folder.name for folder in _folders(splits["train"]))
@@ -367,8 +397,9 @@ def _read_picture(file: Path, channels: int, size: tuple[int, int] | None) -> Pi
 
 def _image_set(parts: _Parts, name: str, channels: int | None) -> ImageSet:
     train, test = (_with_channels(part[0], channels, name) for part in (parts.train, parts.test))
-    mean, std = _statistics(train)
-    return ImageSet(train, parts.train[1], test, parts.test[1], parts.class_names, mean, std, name)
+    mean, std = _statistics(train if len(train) else test)
+    own = parts.has_own_test
+    return ImageSet(train, parts.train[1], test, parts.test[1], parts.class_names, mean, std, name, own)
 
 
 def _with_channels(pixels: Pixels, channels: int | None, name: str) -> Pixels:

@@ -92,7 +92,7 @@ class Decoupling(nn.Module):
         costs: Multiply-accumulates as a function of the gates.
         controllers: One ``ArchitectureController`` per gate, by ``module_key(gate.name)``.
         heads: One linear layer per gate from its K gates to the classes, for the mutual-information loss.
-        noise: Standard deviation of the noise on training gates; 1 in the paper.
+        noise: Standard deviation of the noise on training gates, a number or a tensor of no dimensions; 1 in the paper.
         hard: Train with noise-free binary gates (straight-through gradient), as evaluation uses them.
         n_classes: Classes of the heads, None if there are no heads.
     """
@@ -101,7 +101,7 @@ class Decoupling(nn.Module):
         super().__init__()
         self.plan = plan
         self.costs = costs
-        self.noise = 1.0
+        self.noise: float | Tensor = 1.0
         self.hard = False
         self.n_classes = n_classes
         self.collects_outputs = False
@@ -243,7 +243,7 @@ class Decoupling(nn.Module):
         if not self.training:
             return binarise(g) if self._surrogate is None else straight_through(g, self._surrogate(g))
         if self.hard:
-            return straight_through(g, (1.2 * torch.sigmoid(g) - 0.1).clamp(0, 1))
+            return straight_through(g, torch.sigmoid(g))  # not v1: without noise, a gate beyond its flat ends stays
         return improved_semhash(g, self.noise)
 
     def remember(self, end: End, output: Tensor) -> None:

@@ -91,7 +91,7 @@ def kl_divergence(z: Tensor, y: Tensor, literal: bool = False) -> Tensor:
     return (p * ((p + eps).log() - q.log())).sum(1).mean()
 
 
-def sparsity(z: Tensor, keep_ratio: float = 0.0, literal: bool = False) -> Tensor:
+def sparsity(z: Tensor, keep_ratio: float | Tensor = 0.0, literal: bool = False) -> Tensor:
     """Distance of the number of open filters from its target, ``| mean ||z||_1 - R K |`` (Eq. 11).
 
     Printed without the absolute value, R would be a constant without effect on the gradient. The mean over images
@@ -136,6 +136,17 @@ def parse_target(target: Target) -> tuple[float | None, Mapping[str, float] | No
     return None, dict(ratios)
 
 
+def _one_target(target: Target, target_macs: float | None) -> tuple[float | None, Mapping[str, float] | None]:
+    """What ``parse_target`` returns, for a target given in one of two ways."""
+    if target_macs is None:
+        return parse_target(target)
+    if target is not None:
+        raise ValueError(f"DecouplingLoss: target={target!r} and target_macs={target_macs} given; one of them wanted")
+    if not 0 < target_macs <= 1:
+        raise ValueError(f"DecouplingLoss: target_macs={target_macs}; a share of the dense MACs in (0, 1] wanted")
+    return float(target_macs), None
+
+
 @dataclass(frozen=True)
 class Terms:
     """The terms of one step, unweighted and detached.
@@ -143,7 +154,7 @@ class Terms:
     Attributes:
         mutual_information: Sum over gates, in nats.
         kl: Sum over gates, in nats.
-        sparsity: In filters, see ``DecouplingLoss``.
+        sparsity: Distance from the target: of MACs relative to it, otherwise in filters, see ``DecouplingLoss``.
         keep_ratio: Open gates / gates of this batch.
         macs: Executed / dense multiply-accumulates of this batch, NaN unless the target is a MAC reduction.
         by_gate: Term name to gate name to value, empty unless ``per_gate=True``.
@@ -175,19 +186,22 @@ class DecouplingLoss:
         model: A wrapped model, or one in DistributedDataParallel or torch.compile.
         mutual_information: lambda_m; 0 switches the term off.
         kl: lambda_k; 0 switches the term off and saves the pooling of outputs.
-        sparsity: lambda_s per filter; 0 switches the term off.
+        sparsity: lambda_s per filter; 0 switches the term off. A target in MACs has its own weight, ``steering``.
         target: What the sparse term aims at. None: as few open filters as the other terms let it (R = 0). A number or a
             mapping of gate globs to numbers: the keep ratio R of every gate. A string such as "2.0x": a reduction of
-            executed MACs; the term is then the relative deviation of MACs times the number of filters, its value taken
-            from noise-free gates and its gradient from the training gates.
+            executed MACs; the term is then the relative deviation of MACs, its value taken from noise-free gates and
+            its gradient from the training gates.
+        target_macs: A target in MACs as the share that is left, in (0, 1]: 0.5 means the same as ``target="2.0x"``.
+        steering: Weight of a target in MACs, in nats for missing it by its whole size.
         literal: The paper's terms as printed.
         per_gate: Fill ``terms.by_gate``.
         check_finite: Raise when the loss is not finite. Costs one synchronisation per step on a GPU.
 
     Attributes:
         terms: ``Terms`` of the last call, None before.
-        target_scale: Scales the distance that a MAC target asks for: 0 asks for nothing yet, 1 for all of it. Raise it
-            over the first third of training.
+        target_scale: How far on the way from open gates to the target the sparse term asks to be, in [0, 1]. Raise it
+            over the first third of training. A number, or a tensor of no dimensions.
+        information_scale: Factor on lambda_m and lambda_k, for ramps; likewise.
 
     Raises:
         ValueError: If the model is not wrapped, a weight is negative, or the target cannot be read.
@@ -201,18 +215,22 @@ class DecouplingLoss:
         sparsity: float = 1e-3,
         target: Target = None,
         *,
+        target_macs: float | None = None,
+        steering: float = 2.0,
         literal: bool = False,
         per_gate: bool = False,
         check_finite: bool = True,
     ) -> None:
-        for name, weight in (("mutual_information", mutual_information), ("kl", kl), ("sparsity", sparsity)):
+        weights = {"mutual_information": mutual_information, "kl": kl, "sparsity": sparsity, "steering": steering}
+        for name, weight in weights.items():
             if not weight >= 0:
                 raise ValueError(f"DecouplingLoss: {name}={weight} must be a number >= 0")
         self._decoupling = decoupling_of(model, "DecouplingLoss")
-        self.mutual_information, self.kl, self.sparsity = mutual_information, kl, sparsity
+        self.mutual_information, self.kl, self.sparsity, self.steering = mutual_information, kl, sparsity, steering
         self.literal, self.per_gate, self.check_finite = literal, per_gate, check_finite
-        self.target_macs, self._ratios = parse_target(target)
-        self.target_scale = 1.0
+        self.target_macs, self._ratios = _one_target(target, target_macs)
+        self.target_scale: float | Tensor = 1.0
+        self.information_scale: float | Tensor = 1.0
         self.terms: Terms | None = None
         self._decoupling.collects_outputs = kl > 0
         if mutual_information > 0 and self._decoupling.n_classes is None:
@@ -264,7 +282,7 @@ class DecouplingLoss:
         if macs is not None:
             sums["sparsity"] = self._deviation(macs)
         total = self.mutual_information * sums["mutual_information"] + self.kl * sums["kl"]
-        total = total + self.sparsity * sums["sparsity"]
+        total = self.information_scale * total + (self.sparsity if macs is None else self.steering) * sums["sparsity"]
         if self.mutual_information > 0 and not self.literal:
             assert labels is not None
             total = total + sum(fit_head(z, self._head(name), labels) for name, z in gates.items())
@@ -274,7 +292,7 @@ class DecouplingLoss:
         self.terms = Terms(
             **{name: value.detach() for name, value in sums.items()},
             keep_ratio=sum((z.detach().sum(1).mean() for z in gates.values()), zero) / n_filters,
-            macs=zero.new_tensor(float("nan")) if macs is None else macs.detach(),
+            macs=torch.full_like(zero, math.nan) if macs is None else macs.detach(),
             by_gate=self._detached(by_gate) if self.per_gate else {},
         )
         total.terms = self.terms  # type: ignore[attr-defined]  # for who keeps the criterion's value apart from the sum
@@ -297,8 +315,9 @@ class DecouplingLoss:
         return terms
 
     def _sparsity(self, gates: dict[str, Tensor]) -> dict[str, Tensor]:
-        literal = self.literal and self._ratios is None
-        return {name: sparsity(z, self._keep_ratio(name), literal) for name, z in gates.items()}
+        if self._ratios is None:  # with R = 0 there is no way to go half of, so the term itself is scaled
+            return {name: self.target_scale * sparsity(z, 0.0, self.literal) for name, z in gates.items()}
+        return {name: sparsity(z, 1 + self.target_scale * (self._keep_ratio(name) - 1)) for name, z in gates.items()}
 
     def _keep_ratio(self, name: str) -> float:
         ratios = self._ratios or {}
@@ -317,10 +336,9 @@ class DecouplingLoss:
         return soft + (hard - soft).detach()
 
     def _deviation(self, macs: Tensor) -> Tensor:
-        """Relative distance from the (ramped) target, in filters, so that lambda_s means the same for every target."""
+        """Relative distance from the target, or from the point on the way to it."""
         assert self.target_macs is not None
-        target = 1 + self.target_scale * (self.target_macs - 1)
-        return (macs / target - 1).abs() * self._decoupling.plan.n_filters
+        return (macs / (1 + self.target_scale * (self.target_macs - 1)) - 1).abs()
 
     def _head(self, name: str) -> nn.Linear:
         head = self._decoupling.heads[module_key(name)]
@@ -391,24 +409,36 @@ class DecouplingLoss:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, gate_lr: float | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    gate_lr: float | None = None,
+    head_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimiser groups: the network, and controllers and heads at a learning rate of their own, without weight decay.
+    """Optimiser groups: the network, the controllers, and the heads, each at a learning rate of its own.
 
     Args:
         model: A wrapped model.
         lr: Learning rate of the network.
-        weight_decay: Weight decay of the network. Controllers have none: it would pull their logits to the threshold.
-        gate_lr: Learning rate of controllers and heads, by default 10 ``lr``, the change that helped most in practice.
+        weight_decay: Weight decay of the network. The others have none: it would pull logits to the threshold.
+        gate_lr: Learning rate of controllers, by default 10 ``lr``, the change that helped most in practice.
+        head_lr: Learning rate of the mutual-information loss's heads, by default ``lr``: at the rate of controllers
+            these linear classifiers overshoot, and drag the gates along.
 
     Returns:
-        Two groups for any torch optimiser, every trainable parameter in exactly one.
+        Three groups for any torch optimiser, every trainable parameter in exactly one; fewer if one would be empty.
     """
     decoupling: Decoupling = decoupling_of(model, "parameter_groups")
     ours = {id(p) for p in decoupling.parameters()}
-    network = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
-    gates = [p for p in decoupling.parameters() if p.requires_grad]
-    return [
+    network = [p for p in model.parameters() if id(p) not in ours]
+    groups: list[dict[str, Any]] = [
         {"params": network, "lr": lr, "weight_decay": weight_decay},
-        {"params": gates, "lr": 10 * lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
+        {
+            "params": list(decoupling.controllers.parameters()),
+            "lr": 10 * lr if gate_lr is None else gate_lr,
+            "weight_decay": 0.0,
+        },
+        {"params": list(decoupling.heads.parameters()), "lr": lr if head_lr is None else head_lr, "weight_decay": 0.0},
     ]
+    trainable = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    return [group for group in trainable if group["params"]]

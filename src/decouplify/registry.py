@@ -1,4 +1,4 @@
-"""Networks by name, out of the registries of timm and torchvision; weights are never downloaded.
+"""Networks by name: those of timm, of torchvision, and of ``decouplify.cifar``; weights are never downloaded.
 
 A name such as ``timm:resnet18`` is all a checkpoint needs to say about its network. Only names that a registry lists
 are built, so a file can choose a network but cannot bring one.
@@ -13,28 +13,32 @@ from typing import Any
 from torch import nn
 
 from decouplify._optional import import_optional
+from decouplify.cifar import googlenet, resnet20, resnet56, vgg19
 from decouplify.errors import CheckpointError
 
 __all__ = ["build_model", "model_kwargs", "model_names", "rebuild_model"]
 
-_REGISTRIES = ("timm", "torchvision")
+_REGISTRIES = ("timm", "torchvision", "cifar")
+_CIFAR = {"resnet20": resnet20, "resnet56": resnet56, "vgg19": vgg19, "googlenet": googlenet}
 # These would read weights from the network or from a file of any kind.
 _LOADING = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 # What a checkpoint may say about its network: numbers that shape it.
-_RECORDED = ("num_classes", "in_chans", "drop_rate", "drop_path_rate")
+_RECORDED = ("num_classes", "n_classes", "inner", "width", "in_chans", "drop_rate", "drop_path_rate")
 # Their own initialisation takes a minute and warns; their auxiliary heads make the training output a tuple.
 _QUIET = {name: {"init_weights": False, "aux_logits": False} for name in ("googlenet", "inception_v3")}
 
 
 def model_names(registry: str) -> list[str]:
-    """Names of the networks for images that ``build_model`` accepts after ``timm:`` or ``torchvision:``.
+    """Names of the networks for images that ``build_model`` accepts after ``timm:``, ``torchvision:`` or ``cifar:``.
 
     Raises:
         ImportError: If the registry's package is not installed.
         ValueError: If there is no such registry.
     """
     if registry not in _REGISTRIES:
-        raise ValueError(f"no registry {registry!r}; there are {' and '.join(_REGISTRIES)}")
+        raise ValueError(f"no registry {registry!r}; there are {', '.join(_REGISTRIES)}")
+    if registry == "cifar":
+        return list(_CIFAR)
     package = import_optional(registry, f"a {registry} model", extra="zoo")
     names = package.list_models() if registry == "timm" else package.models.list_models(module=package.models)
     return [str(name) for name in names]
@@ -44,9 +48,10 @@ def build_model(spec: str, **kwargs: Any) -> nn.Module:
     """A freshly initialised network.
 
     Args:
-        spec: ``timm:NAME`` or ``torchvision:NAME``; a tag after the name of a timm model (``timm:resnet18.a1_in1k``)
-            chooses its default image size, not its weights.
-        **kwargs: Handed to the network's constructor: ``num_classes``, and ``in_chans`` for timm.
+        spec: ``timm:NAME``, ``torchvision:NAME`` or ``cifar:NAME``; a tag after the name of a timm model
+            (``timm:resnet18.a1_in1k``) chooses its default image size, not its weights.
+        **kwargs: Handed to the network's constructor: ``num_classes`` (``n_classes`` for cifar), and ``in_chans`` for
+            timm.
 
     Raises:
         ImportError: If the registry's package is not installed.
@@ -56,6 +61,8 @@ def build_model(spec: str, **kwargs: Any) -> nn.Module:
     if loading := sorted(set(_LOADING) & kwargs.keys()):
         raise ValueError(f"build_model builds networks without weights, so it does not take {', '.join(loading)}")
     try:
+        if registry == "cifar":
+            return _CIFAR[name](**kwargs)
         if registry == "timm":
             return import_optional("timm", "a timm model", extra="zoo").create_model(name, pretrained=False, **kwargs)
         models = import_optional("torchvision.models", "a torchvision model", extra="zoo")
@@ -74,14 +81,14 @@ def model_kwargs(spec: str, n_classes: int, n_channels: int) -> dict[str, int]:
         n_channels: Channels of the images, 1 or 3.
 
     Raises:
-        ValueError: If there is no such network, or a torchvision network shall read grey images.
+        ValueError: If there is no such network, or one that is not timm's shall read grey images.
     """
     registry, _ = _split(spec)
     if registry == "timm":
         return {"num_classes": n_classes, "in_chans": n_channels}
     if n_channels != 3:
         raise ValueError(f"{spec} reads images of 3 channels, these have {n_channels}; ask for 3 when loading them")
-    return {"num_classes": n_classes}
+    return {"n_classes" if registry == "cifar" else "num_classes": n_classes}
 
 
 def rebuild_model(extra: Mapping[str, Any]) -> nn.Module:
@@ -116,7 +123,7 @@ def _split(spec: str) -> tuple[str, str]:
     if not colon or registry not in _REGISTRIES:
         near = _installed_matches(spec.rpartition(":")[2])
         raise ValueError(
-            f"{spec!r} names no registry: write timm:NAME or torchvision:NAME"
+            f"{spec!r} names no registry: write timm:NAME, torchvision:NAME or cifar:NAME"
             + (f", for instance {' or '.join(near)}" if near else "")
         )
     names = model_names(registry)

@@ -1,8 +1,8 @@
-"""What ``wrap(verify=True)`` looks at: the same bits with open gates, zeros where closed gates promise them."""
+"""What ``wrap(verify=True)`` looks at: the same bits with open gates, zeros or constants where closed gates promise."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from decouplify.errors import PlanError
 from decouplify.modes import eval_mode
 from decouplify.plan import Plan
 
-__all__ = ["check_same_outputs", "check_zero_channels", "outputs", "random_images"]
+__all__ = ["check_known_channels", "check_same_outputs", "outputs", "random_images"]
 
 
 def random_images(model: nn.Module, plan: Plan) -> Tensor | None:
@@ -43,23 +43,23 @@ def check_same_outputs(before: list[Tensor] | None, after: list[Tensor]) -> None
         )
 
 
-def check_zero_channels(model: nn.Module, decoupling: Decoupling, images: Tensor) -> None:
-    """Close random gates and look: every input channel predicted to be zero must be exactly zero."""
+def check_known_channels(model: nn.Module, decoupling: Decoupling, images: Tensor) -> None:
+    """Close random gates and look: what is predicted to be zero must be exactly zero, what is constant the constant.
+
+    The constants are those found with all gates closed.
+    """
     generator = torch.Generator().manual_seed(1)
     plan = decoupling.plan
     gates = {g.name: (torch.rand(g.n_filters, generator=generator) < 0.5).to(images) for g in plan.gates}
     path = torch.cat([gates[g.name] for g in plan.gates])
     wrong: list[str] = []
-    handles = [
-        model.get_submodule(reader.name).register_forward_pre_hook(_ZeroCheck(reader.name, expected, wrong))
-        for reader, expected in _expected_zeros(decoupling, path)
+    zeros = [(r, _ZeroCheck(r.name, channels, wrong)) for r, channels in _expected(decoupling, path, "exists")]
+    constants = [
+        (r, _ConstantCheck(r.name, channels, wrong)) for r, channels in _expected(decoupling, path, "constant")
     ]
-    try:
-        with decoupling.forced(gates), eval_mode(model), torch.no_grad():
-            model(images.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
+    if constants:
+        _run(model, decoupling, {name: torch.zeros_like(z) for name, z in gates.items()}, images, constants)
+    _run(model, decoupling, gates, images, [*zeros, *constants])
     if wrong:
         raise PlanError(
             f"closed gates leave features where none were expected, at the input of {', '.join(wrong)}. The model uses "
@@ -67,13 +67,32 @@ def check_zero_channels(model: nn.Module, decoupling: Decoupling, images: Tensor
         )
 
 
-def _expected_zeros(decoupling: Decoupling, path: Tensor) -> Iterator[tuple[Reader, Tensor]]:
-    """Readers that are modules, with the indices of the channels that must be zero under a path."""
+def _run(
+    model: nn.Module,
+    decoupling: Decoupling,
+    gates: dict[str, Tensor],
+    images: Tensor,
+    checks: Sequence[tuple[Reader, Callable[[nn.Module, tuple[Any, ...]], None]]],
+) -> None:
+    """One forward with given gates and checks of what readers receive."""
+    handles = [model.get_submodule(reader.name).register_forward_pre_hook(check) for reader, check in checks]
+    try:
+        with decoupling.forced(gates), eval_mode(model), torch.no_grad():
+            model(images.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _expected(decoupling: Decoupling, path: Tensor, what: str) -> Iterator[tuple[Reader, Tensor]]:
+    """Readers that are modules, with the indices of the channels that a path makes zero or constant."""
     names = [reader.name for reader in decoupling.costs.readers]
+    is_open = path.tolist()
     for reader in decoupling.costs.readers:
-        zero = [c for c, s in enumerate(reader.exists) if s is not None and not any(path[i] > 0 for i in s)]
-        if zero and reader.name and names.count(reader.name) == 1:
-            yield reader, torch.tensor(zero, device=path.device)
+        sets = getattr(reader, what)
+        known = [c for c, s in enumerate(sets) if s is not None and not any(is_open[i] for i in s)]
+        if known and reader.name and names.count(reader.name) == 1:
+            yield reader, torch.tensor(known, device=path.device)
 
 
 class _ZeroCheck:
@@ -81,7 +100,23 @@ class _ZeroCheck:
         self.name, self.channels, self.wrong = name, channels, wrong
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
+        if isinstance(args[0], Tensor) and self.features(module, args[0]).ne(0).any():
+            self.wrong.append(self.name)
+
+    def features(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The channels in question, shape (positions, channels)."""
         axis = -1 if isinstance(module, nn.Linear) else 1
-        if isinstance(x, Tensor) and x.index_select(axis, self.channels).ne(0).any():
+        return x.index_select(axis, self.channels).movedim(axis, -1).flatten(0, -2)
+
+
+class _ConstantCheck(_ZeroCheck):
+    """Whether channels hold at all positions of all forwards what they held at the first of the first."""
+
+    expected: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        found = self.features(module, args[0])
+        self.expected = found[:1].clone() if self.expected is None else self.expected
+        tolerance = 100 * torch.finfo(found.dtype).eps * float(self.expected.abs().max())
+        if not float((found - self.expected).abs().max()) <= tolerance:
             self.wrong.append(self.name)

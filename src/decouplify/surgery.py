@@ -16,7 +16,7 @@ from decouplify.costs import CostModel
 from decouplify.decoupling import Decoupling
 from decouplify.errors import PlanError, TraceError
 from decouplify.plan import End, Options, Plan
-from decouplify.selfcheck import check_same_outputs, check_zero_channels, outputs, random_images
+from decouplify.selfcheck import check_known_channels, check_same_outputs, outputs, random_images
 from decouplify.sites import Matching, match
 from decouplify.trace import Trace, default_input_size, trace
 
@@ -93,8 +93,9 @@ def wrap(
         n_classes: Values of the attribute that gates shall tell (mutual-information loss); by default the classes the
             model outputs. A model that outputs no (N, classes) tensor gets no heads unless this is given.
         frozen_ok: Accept a model of which no parameter is trained; then only its gates will learn.
-        verify: Run the model twice on random images: with gates open the output must be the same bits, and with random
-            gates every channel predicted to be zero must be zero. Not possible on the meta device.
+        verify: Run the model on random images: with gates open the output must be the same bits, and with random gates
+            every channel predicted to be zero must be zero, or the constant that was predicted. Not possible on the
+            meta device.
 
     Raises:
         TraceError: If the model does not run on images of this size.
@@ -114,7 +115,7 @@ def wrap(
         if images is not None and bias > 0:
             check_same_outputs(before, outputs(model, images))
         if images is not None:
-            check_zero_channels(model, decoupling, images)
+            check_known_channels(model, decoupling, images)
         decoupling.drop_forward()  # those of the checks are nobody's business
     except BaseException:
         unwrap(model)

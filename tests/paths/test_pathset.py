@@ -351,6 +351,7 @@ def test_public_names():
         "PathMap",
         "PathSet",
         "PseudoThresholds",
+        "Result",
         "RunningIdsWarning",
         "Sweep",
         "SweepRun",

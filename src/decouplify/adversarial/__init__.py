@@ -16,7 +16,7 @@ from decouplify.adversarial.attacks import (
     attack_named,
 )
 from decouplify.adversarial.crafting import Crafted, craft, target_classes
-from decouplify.adversarial.detect import BASELINES, detect
+from decouplify.adversarial.detection import BASELINES, detect
 from decouplify.adversarial.detectors import DETECTORS, Detector, PrototypeDetector, SklearnDetector
 from decouplify.adversarial.gradients import GateAware, soft_gates
 from decouplify.adversarial.maps import AdversarialMap, adversarial_map

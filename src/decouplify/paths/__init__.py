@@ -1,23 +1,25 @@
 """Calculation paths: record them, keep them on disk, and read a network off them.
 
 ``record`` runs a wrapped model and returns a ``PathSet``: per image, which filters were open. A path set answers simple
-questions itself (rates, filter states, distances); ``path_map`` draws it, ``class_information`` relates it to classes.
+questions itself (rates, filter states, distances). The functions here explain a network with it: maps, trees, what
+single filters tell, what they decide when switched by hand, what changes with training.
 """
 
+from decouplify.paths._results import Result
+from decouplify.paths.clustering import Hopkins, hopkins
 from decouplify.paths.comparison import BeforeAfter, before_after
-from decouplify.paths.contrast import Contrast, Counterfactual, contrast, counterfactual
+from decouplify.paths.contrasts import Contrast, Counterfactual, contrast, counterfactual
 from decouplify.paths.costs import macs_of_paths
 from decouplify.paths.diff import PathDiff
-from decouplify.paths.hopkins import Hopkins, hopkins
 from decouplify.paths.information import ClassInformation, class_information, class_prototypes
 from decouplify.paths.interventions import GateEffect, force, gate_effect, transplant
 from decouplify.paths.maps import PathMap, path_map
 from decouplify.paths.merging import merge
 from decouplify.paths.pathset import GroupRates, LayerSpec, PathSet
 from decouplify.paths.pseudo import PseudoThresholds, pseudo_paths, pseudo_thresholds
-from decouplify.paths.record import RunningIdsWarning, record
+from decouplify.paths.recording import RunningIdsWarning, record
 from decouplify.paths.states import DYNAMIC, ENERGETIC, SILENT, ActivationHistogram, FilterStates, LayerStates
-from decouplify.paths.sweep import Sweep, SweepRun, sweep
+from decouplify.paths.sweeps import Sweep, SweepRun, sweep
 from decouplify.paths.tree import DecisionTree, TreeNode, decision_tree
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "PathMap",
     "PathSet",
     "PseudoThresholds",
+    "Result",
     "RunningIdsWarning",
     "Sweep",
     "SweepRun",

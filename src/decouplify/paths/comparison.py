@@ -17,7 +17,7 @@ from decouplify.paths.information import ClassInformation, class_information
 from decouplify.paths.maps import PathMap, path_map
 from decouplify.paths.pathset import PathSet
 from decouplify.paths.pseudo import Rule, pseudo_paths
-from decouplify.paths.record import record
+from decouplify.paths.recording import record
 from decouplify.paths.states import label_layers
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from decouplify.decoupling import Decoupling
 from decouplify.paths._layout import lay_out
 from decouplify.paths.pathset import PathSet
-from decouplify.paths.record import Recorder, RunningIdsWarning, device_of
+from decouplify.paths.recording import Recorder, RunningIdsWarning, device_of
 from decouplify.plan import End, Plan
 from decouplify.surgery import wrap
 

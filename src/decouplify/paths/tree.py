@@ -19,7 +19,7 @@ from decouplify.paths._distance import class_members
 from decouplify.paths._progress import progress_bar
 from decouplify.paths._results import Result
 from decouplify.paths._text import plain
-from decouplify.paths.hopkins import Hopkins, Method, hopkins
+from decouplify.paths.clustering import Hopkins, Method, hopkins
 from decouplify.paths.information import discoveries
 from decouplify.paths.pathset import By, LayerRef, PathSet
 from decouplify.paths.states import label_layers

@@ -22,7 +22,8 @@ from decouplify.decoupling import Decoupling, module_key
 from decouplify.flow import gate_columns
 from decouplify.plan import End
 from decouplify.sites import Matching
-from decouplify.sparse.ops import Controller, Exists, Mask, SparseConv2d, SparseLinear
+from decouplify.sparse.constants import bias_products, constants_of
+from decouplify.sparse.ops import Controller, Exists, FoldedBias, Mask, SparseConv2d, SparseLinear
 from decouplify.trace import Trace
 
 __all__ = ["Lowered", "lower"]
@@ -81,6 +82,7 @@ class _Lowering:
         self.new: dict[Node, Any] = {}
         self.gates: dict[str, Node] = {}
         self.static = _evaluate_static(trace)
+        self.constants = constants_of(trace, matching, self.costs.readers, self.static)
         self.end_of = {node: end for end, node in matching.ends.items()}
         self.gate_of_end = {end: gate.name for gate in matching.plan.gates for end in gate.ends}
         self.site_of = {node: name for name, node in matching.convs.items()}
@@ -151,8 +153,7 @@ class _Lowering:
         """A batch norm with running statistics, or an activation without parameters of its own."""
         if kind == "activation":
             return len(node.all_input_nodes) == 1
-        has_statistics = aten.argument(node, "running_mean") is not None
-        return aten.name_of(node) == "batch_norm" and has_statistics and not aten.argument(node, "training")
+        return aten.name_of(node) == "batch_norm" and aten.has_fixed_statistics(node)
 
     def _emit_reader(self, fused: _Fused, reader: int) -> Node:
         conv = fused.conv
@@ -164,8 +165,11 @@ class _Lowering:
             stride, padding, dilation, groups = aten.conv_arguments(conv)
             operator = SparseConv2d(weight, bias, stride, padding, dilation, groups, activation)
         self._emit_controller(conv)
-        gate = self._gate_of(fused)
-        arguments = (self.new[conv.args[0]], None if gate is None else self.gates[gate], self._emit_exists(reader))  # type: ignore[index]
+        name = self._gate_of(fused)
+        gate = None if name is None else self.gates[name]
+        exists = self._emit_exists(reader)
+        folded = self._emit_bias(reader, operator, exists, gate)
+        arguments = (self.new[conv.args[0]], gate, exists, *folded)  # type: ignore[index]  # a node
         return self._call(self.trace.owner_of(conv) or conv.name, operator, *arguments)
 
     def _emit_controller(self, conv: Node) -> None:
@@ -177,8 +181,18 @@ class _Lowering:
         copied = Controller(_frozen_copy(controller))
         self.gates[gate] = self._call("gate", copied, self.new[self.matching.inputs[gate]])
 
+    def _emit_bias(self, reader: int, operator: Any, exists: Node | None, gate: Node | None) -> list[Node]:
+        """The bias of this image, where absent channels may hold constants; nothing if they are zeros."""
+        constants = self.constants.get(self.costs.readers[reader].node)
+        if constants is None:
+            return []
+        is_constant = torch.tensor([s is not None for s in self.costs.readers[reader].constant])
+        products = bias_products(operator.weight, constants * is_constant, self.costs.readers[reader].groups)
+        folded = FoldedBias(operator.bias, products, is_constant)
+        return [self._call("bias", folded, exists, gate)]
+
     def _emit_exists(self, reader: int) -> Node | None:
-        sets = self.costs.readers[reader].exists
+        sets = self.costs.readers[reader].read
         if all(s is None for s in sets):
             return None
         used = {column for s in sets if s is not None for column in s}

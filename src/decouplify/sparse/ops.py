@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from decouplify.controller import ArchitectureController, binarise
 
-__all__ = ["Controller", "Exists", "Mask", "SparseConv2d", "SparseLinear", "count", "count_executed_macs"]
+__all__ = [
+    "Controller",
+    "Exists",
+    "FoldedBias",
+    "Mask",
+    "SparseConv2d",
+    "SparseLinear",
+    "count",
+    "count_executed_macs",
+]
 
 _counter: ContextVar[list[int] | None] = ContextVar("executed_macs", default=None)
 
@@ -71,6 +80,35 @@ class Exists(nn.Module):
         dtype = gates[0].dtype if gates else torch.float32
         padded = torch.cat([*gates, torch.tensor([0.0, 1.0], dtype=dtype)])
         return (padded[self.columns] != 0).any(1)
+
+
+class FoldedBias(nn.Module):
+    """The bias of a reader for one image: what absent channels of constant value add to its open filters.
+
+    Args:
+        bias: Shape (K,).
+        products: What channel c adds to filter k while it is absent, shape (K, C / groups).
+        is_constant: Which channels hold a constant other than zero while they are absent, shape (C,).
+    """
+
+    bias: Tensor
+    products: Tensor
+    is_constant: Tensor
+
+    def __init__(self, bias: Tensor, products: Tensor, is_constant: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bias", bias)
+        self.register_buffer("products", products)
+        self.register_buffer("is_constant", is_constant)
+
+    def forward(self, exists: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Shape (K,)."""
+        filters = torch.arange(len(self.bias)) if gate is None else gate.nonzero().flatten()
+        n_groups = len(self.is_constant) // self.products.shape[1]
+        absent = (self.is_constant & ~exists).view(n_groups, -1)
+        absent = absent[filters * n_groups // len(self.bias)]  # those of each filter's group
+        count(int(absent.sum()))
+        return self.bias.index_add(0, filters, (self.products[filters] * absent).sum(1))
 
 
 class Mask(nn.Module):
@@ -131,22 +169,26 @@ class SparseConv2d(_Reader):
         k, c, *kernel = self.weight.shape
         return f"{c * self.groups}->{k}, kernel={tuple(kernel)}, stride={tuple(self.stride)}, groups={self.groups}"
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, exists: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, exists: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """Shape (1, K, H', W').
 
         Args:
             x: Shape (1, C, H, W).
             gate: Gates of the filters, shape (K,); None computes all.
-            exists: Which input channels are not zero, shape (C,); None reads all.
+            exists: Which input channels to read, shape (C,); None reads all.
+            bias: Bias for this image, shape (K,); None takes the layer's own.
         """
+        bias = self.bias if bias is None else bias
         filters = torch.arange(len(self.weight)) if gate is None else gate.nonzero().flatten()
         channels = torch.arange(x.shape[1]) if exists is None else exists.nonzero().flatten()
         if self.groups == 1:
-            y = self._convolve(x, filters, channels)
+            y = self._convolve(x, filters, channels, bias)
         elif self.weight.shape[1] == 1 and len(self.weight) == self.groups:
-            y = self._depthwise(x, filters, exists)
+            y = self._depthwise(x, filters, exists, bias)
         else:
-            y = self._grouped(x, filters, channels)
+            y = self._grouped(x, filters, channels, bias)
         y = self._activate(y)
         if gate is None:
             return y
@@ -157,22 +199,22 @@ class SparseConv2d(_Reader):
     def _geometry(self) -> tuple[list[int], list[int] | str, list[int]]:
         return self.stride, self.padding, self.dilation
 
-    def _convolve(self, x: Tensor, filters: Tensor, channels: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, filters: Tensor, channels: Tensor, bias: Tensor) -> Tensor:
         weight = self.weight[filters][:, channels]
-        return self._run(x[:, channels], weight, self.bias[filters], 1, x)
+        return self._run(x[:, channels], weight, bias[filters], 1, x)
 
-    def _depthwise(self, x: Tensor, filters: Tensor, exists: Tensor | None) -> Tensor:
+    def _depthwise(self, x: Tensor, filters: Tensor, exists: Tensor | None, bias: Tensor) -> Tensor:
         """Filter k reads channel k alone; where that channel is missing only the bias is left."""
         alive = torch.ones(len(filters), dtype=torch.bool) if exists is None else exists[filters]
         read = filters[alive]
-        part = self._run(x[:, read], self.weight[read], self.bias[read], max(len(read), 1), x)
+        part = self._run(x[:, read], self.weight[read], bias[read], max(len(read), 1), x)
         if bool(alive.all()):
             return part
-        y = self.bias[filters].to(x.dtype)[None, :, None, None].expand(len(x), -1, *part.shape[2:]).clone()
+        y = bias[filters].to(x.dtype)[None, :, None, None].expand(len(x), -1, *part.shape[2:]).clone()
         y[:, alive] = part
         return y
 
-    def _grouped(self, x: Tensor, filters: Tensor, channels: Tensor) -> Tensor:
+    def _grouped(self, x: Tensor, filters: Tensor, channels: Tensor, bias: Tensor) -> Tensor:
         """Group by group: each has its own filters and its own channels."""
         n_filters, n_channels = len(self.weight) // self.groups, self.weight.shape[1]
         parts = []
@@ -180,7 +222,7 @@ class SparseConv2d(_Reader):
             rows = filters[(filters >= group * n_filters) & (filters < (group + 1) * n_filters)]
             columns = channels[(channels >= group * n_channels) & (channels < (group + 1) * n_channels)]
             weight = self.weight[rows][:, columns - group * n_channels]
-            parts.append(self._run(x[:, columns], weight, self.bias[rows], 1, x))
+            parts.append(self._run(x[:, columns], weight, bias[rows], 1, x))
         return torch.cat(parts, 1)
 
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int, like: Tensor) -> Tensor:
@@ -202,15 +244,18 @@ class SparseLinear(_Reader):
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}->{self.weight.shape[0]}"
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, exists: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, exists: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """Shape (1, ..., K).
 
         Args:
             x: Shape (1, ..., C).
             gate: Gates of the outputs, shape (K,); None computes all.
-            exists: Which features are not zero, shape (C,); None reads all.
+            exists: Which features to read, shape (C,); None reads all.
+            bias: Bias for this image, shape (K,); None takes the layer's own.
         """
-        weight, bias = self.weight, self.bias
+        weight, bias = self.weight, self.bias if bias is None else bias
         if exists is not None:
             x, weight = x[..., exists], weight[:, exists]
         if gate is not None:

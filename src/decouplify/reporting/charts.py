@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from decouplify._optional import import_optional
 from decouplify.paths._layout import filter_slices
 from decouplify.paths.tree import place
-from decouplify.report.findings import Findings
+from decouplify.reporting.findings import Findings
 
 __all__ = ["Chart", "charts_of", "plotly_source"]
 
@@ -91,7 +91,8 @@ def _go() -> Any:
 
 def _figure(traces: list[Any], **layout: Any) -> str:
     figure = _go().Figure(traces)
-    figure.update_layout(template="none", margin={"l": 52, "r": 12, "t": 8, "b": 44}, dragmode=False, **layout)
+    layout = {"margin": {"l": 56, "r": 12, "t": 8, "b": 52}, **layout}
+    figure.update_layout(template="none", dragmode=False, **layout)
     content = json.loads(figure.to_json())
     return json.dumps({"data": content["data"], "layout": content["layout"]})
 
@@ -107,34 +108,42 @@ def _themed(variable: str) -> dict[str, str]:
 
 def _map(found: Findings, tiles: dict[int, int]) -> Chart:
     shown = found.map
-    right = found.paths.labels is None or found.paths.preds[shown.rows] == shown.labels
-    symbols = np.where(np.broadcast_to(right, len(shown.rows)), "circle", "x")
+    right = np.ones(len(shown.rows), np.bool_)
+    if shown.labels is not None:
+        right = found.paths.preds[shown.rows] == shown.labels
     details = [[tiles.get(int(row), -1), found.words(int(row))] for row in shown.rows]
     size = float(np.clip(260 / np.sqrt(max(len(shown.rows), 1)), 5, 11))
 
-    def dots(chosen: NDArray[Any], name: str, color: Any) -> Any:
-        marker = {"size": size, "color": color, "symbol": symbols[chosen], "opacity": 0.85, "line": {"width": 0}}
+    def dots(chosen: NDArray[Any], name: str, color: Any, symbol: str) -> Any:
+        color = color if isinstance(color, str) else [color[i] for i in chosen]
         return _go().Scatter(
             x=shown.xy[chosen, 0].tolist(),
             y=shown.xy[chosen, 1].tolist(),
             mode="markers",
             name=_text(name),
-            marker=marker,
+            legendgroup=name,
+            showlegend=symbol == "circle" and _n_classes(found) > 1,
+            marker={"size": size, "color": color, "symbol": symbol, "opacity": 0.85, "line": {"width": 0}},
             customdata=[details[i] for i in chosen],
             hoverinfo="none",
         )
 
+    parts = _by_class(found)
+    traces = [dots(rows[right[rows]], name, color, "circle") for rows, name, color in parts]
+    traces += [dots(rows[~right[rows]], name, color, "x") for rows, name, color in parts]
     hidden = {"visible": False}
-    layout = {
-        "xaxis": hidden,
-        "yaxis": {**hidden, "scaleanchor": "x"},
-        "hovermode": "closest",
-        "legend": {"orientation": "h", "y": -0.02, "yanchor": "top", "itemsizing": "constant"},
-    }
-    figure = _figure([dots(*part) for part in _by_class(found)], **layout, showlegend=_n_classes(found) > 1)
-    mistakes = "" if found.paths.labels is None else " Crosses were classified wrongly."
+    legend = {"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top", "itemsizing": "constant"}
+    figure = _figure(
+        traces,
+        xaxis=hidden,
+        yaxis={**hidden, "scaleanchor": "x"},
+        hovermode="closest",
+        legend=legend,
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+    )
     caption = shown.headline() + (f"\nNote: {shown.note}" if shown.note else "")
-    return Chart("map", figure, caption + mistakes, f"Scatter plot of paths, coloured by class. {caption}", 34)
+    caption += "" if right.all() else "\nCrosses were classified wrongly."
+    return Chart("map", figure, caption, f"Scatter plot of paths, coloured by class. {caption}", 34)
 
 
 def _n_classes(found: Findings) -> int:
@@ -314,12 +323,12 @@ def _tree(found: Findings) -> Chart:
         },
         "yaxis": {"visible": False},
     }
-    figure = _figure([lines, splits, ends], **axes, showlegend=False, hovermode="closest")
-    content = json.loads(figure)
-    content["layout"]["margin"] = {"l": 8, "r": min(260, 16 + 7.2 * longest), "t": 12, "b": 44}
+    margin = {"l": 8, "r": min(260, 16 + 7.2 * longest), "t": 12, "b": 52}
+    figure = _figure([lines, splits, ends], **axes, showlegend=False, hovermode="closest", margin=margin)
     caption = tree.headline()
     alt = f"Tree of classes over layers. {tree.summary()}"
-    return Chart("tree", json.dumps(content), caption, alt, 5 + 1.9 * len(placed.ends), 40)
+    width = min(60.0, 1.4 * len(tree.layers) + 0.45 * longest + 8)
+    return Chart("tree", figure, caption, alt, 5 + 1.9 * len(placed.ends), width)
 
 
 def _split_words(found: Findings, node: Any) -> str:

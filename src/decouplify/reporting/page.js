@@ -47,7 +47,7 @@
     if (tile >= 0) picture.style.backgroundPosition = placeOf(tile);
     card.querySelector("p").textContent = words;
     card.hidden = false;
-    const { clientX: x, clientY: y } = event.event;
+    const { clientX: x = 0, clientY: y = 0 } = event.event ?? {};
     const width = card.offsetWidth, height = card.offsetHeight;
     const left = x + 16 + width > innerWidth ? x - 16 - width : x + 16;
     card.style.left = `${Math.max(4, left)}px`;

@@ -28,7 +28,7 @@ from decouplify.paths import (
     record,
 )
 from decouplify.plan import Plan
-from decouplify.report.pictures import Watched
+from decouplify.reporting.pictures import Watched
 
 __all__ = ["Fact", "Findings", "TellingFilter", "headline_facts", "study"]
 

@@ -17,7 +17,7 @@ from decouplify._optional import new_axes, write_title
 from decouplify.paths._results import Result
 from decouplify.paths._text import percent, plain, text_table
 from decouplify.paths.costs import macs_of_paths
-from decouplify.paths.record import record
+from decouplify.paths.recording import record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

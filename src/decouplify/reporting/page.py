@@ -17,9 +17,9 @@ from torch import nn
 from decouplify._version import __version__
 from decouplify.paths import FilterStates
 from decouplify.plan import Plan
-from decouplify.report.charts import Chart, charts_of, plotly_source
-from decouplify.report.findings import Fact, Findings, TellingFilter, headline_facts, study
-from decouplify.report.pictures import Sheet
+from decouplify.reporting.charts import Chart, charts_of, plotly_source
+from decouplify.reporting.findings import Fact, Findings, TellingFilter, headline_facts, study
+from decouplify.reporting.pictures import Sheet
 
 __all__ = ["report", "write_page"]
 
@@ -126,7 +126,7 @@ def write_page(
         lines="1" if sheet is None else str(sheet.n_lines),
         charts=_script_data(charts),
         plotly=plotly_source(),
-        script=resources.files("decouplify.report").joinpath("page.js").read_text(encoding="utf-8"),
+        script=resources.files("decouplify.reporting").joinpath("page.js").read_text(encoding="utf-8"),
         version=__version__,
     )
     return _write(target, page)
@@ -136,7 +136,7 @@ def write_page(
 
 
 def _read(name: str) -> Template:
-    return Template(resources.files("decouplify.report").joinpath(name).read_text(encoding="utf-8"))
+    return Template(resources.files("decouplify.reporting").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _chart(chart: Chart) -> str:

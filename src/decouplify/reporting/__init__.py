@@ -3,7 +3,7 @@
 The page is one file and needs no network: pictures, styles, data and the plotting library are in it.
 """
 
-from decouplify.report.findings import Fact, Findings, headline_facts, study
-from decouplify.report.page import report, write_page
+from decouplify.reporting.findings import Fact, Findings, headline_facts, study
+from decouplify.reporting.page import report, write_page
 
 __all__ = ["Fact", "Findings", "headline_facts", "report", "study", "write_page"]

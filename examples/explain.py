@@ -1,0 +1,158 @@
+"""Every figure that explains a network from its paths, each by one call, on a small network for handwritten digits.
+
+Trains the network, decouples it several times with other loss weights, and writes pictures, tables as text, and a page.
+About two minutes on one core; with `--checkpoint` and `--data` it explains a network of yours and trains nothing.
+
+$ python examples/explain.py --out explained
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import decouplify
+from decouplify.checkpoint import read_record
+from decouplify.data import ImageSet, load_images
+from decouplify.paths import (
+    before_after,
+    class_information,
+    contrast,
+    counterfactual,
+    decision_tree,
+    gate_effect,
+    path_map,
+    sweep,
+)
+from decouplify.plan import Plan
+from decouplify.registry import rebuild_model
+from decouplify.train import DecouplingRecipe, Recipe, decouple, train_dense
+
+WEIGHTS = (0.01, 0.1, 0.3)  # of the mutual-information loss; the middle one is explained
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is explained: a wrapped network, the images, and, where it was trained here, what it was before."""
+
+    model: nn.Module
+    images: ImageSet
+    original: nn.Module | None = None
+    others: tuple[tuple[dict[str, Any], nn.Module], ...] = ()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("explained"), help="directory for what is written")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint written by `decouplify train`")
+    parser.add_argument("--data", default="digits", help="images, as `decouplify train` reads them")
+    parser.add_argument("--classes", type=int, nargs=2, default=(3, 8), help="why the first and not the second")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    subject = opened(args.checkpoint, args.data) if args.checkpoint else trained()
+    for name, result in results(subject, *args.classes):
+        print(f"\n== {name} ==\n{result.summary()}")
+        result.save(args.out / f"{name}.png")
+    draw_the_rest(subject, args.out)
+    page = decouplify.report(
+        subject.model,
+        subject.images.loader("test"),
+        args.out / "report.html",
+        class_names=subject.images.class_names,
+        mean=subject.images.mean,
+        std=subject.images.std,
+    )
+    print(f"\nwritten: {page}")
+
+
+def results(subject: Subject, a: int, b: int) -> Iterator[tuple[str, Any]]:
+    """Each result by name: all of them print, plot and save alike."""
+    names = subject.images.class_names
+    pixels, labels = subject.images.tensors("test")
+    paths = decouplify.record(subject.model, subject.images.loader("test"))
+    yield "filter_states", paths.filter_states()
+    yield "activation_histogram", paths.activation_histogram()
+    yield "class_information", class_information(paths)
+    yield "decision_tree", decision_tree(paths, class_names=names)
+    found = contrast(paths, a, b, class_names=names)
+    yield "contrast", found
+    shown = pixels[labels == a]
+    yield "counterfactual", counterfactual(subject.model, shown, found)
+    if telling := found.filters(1):
+        site, index, difference = telling[0]
+        switch = {"off": [index]} if difference > 0 else {"on": [index]}
+        yield "gate_effect", gate_effect(subject.model, shown, site, **switch, class_names=names)
+    covered = shown.clone()
+    covered[..., shown.shape[-1] // 2 :] = shown.amin()
+    yield "diff", decouplify.record(subject.model, [shown]).diff(decouplify.record(subject.model, [covered]))
+    if subject.original is not None:
+        yield "before_after", before_after(subject.original, subject.model, subject.images.loader("test"))
+    if subject.others:
+        yield "sweep", sweep(subject.others, subject.images.loader("test"))
+
+
+def draw_the_rest(subject: Subject, out: Path) -> None:
+    """What needs an argument to be drawn: class names on a map, two maps side by side, states over a setting."""
+    names, loader = subject.images.class_names, subject.images.loader("test")
+    drawn = {"path_map": path_map(decouplify.record(subject.model, loader)).plot(class_names=names)}
+    if subject.original is not None:
+        drawn["maps"] = before_after(subject.original, subject.model, loader).plot_maps(names)[0]
+    if subject.others:
+        drawn["sweep_lines"] = sweep(subject.others, loader).plot(over="mutual information")
+    for name, ax in drawn.items():
+        ax.get_figure(root=True).savefig(out / f"{name}.png", dpi=144, bbox_inches="tight")
+
+
+def trained() -> Subject:
+    """The digits, and a small network decoupled with several weights."""
+    images = load_images("digits", size=8)
+    torch.manual_seed(0)
+    dense = network()
+    train_dense(dense, *images.tensors("train"), Recipe(5, batch_size=64))
+    runs = tuple(({"mutual information": weight}, decoupled(dense, images, weight)) for weight in WEIGHTS)
+    return Subject(runs[1][1], images, dense, runs)
+
+
+def network() -> nn.Sequential:
+    widths = (1, 8, 16, 24, 32, 32)
+    blocks = OrderedDict()
+    for number, (n_inputs, n_filters) in enumerate(pairwise(widths), 1):
+        blocks[f"conv{number}"] = nn.Conv2d(n_inputs, n_filters, 3, padding=1, bias=False)
+        blocks[f"norm{number}"] = nn.BatchNorm2d(n_filters)
+        blocks[f"relu{number}"] = nn.ReLU()
+        if number == 3:
+            blocks["pool"] = nn.MaxPool2d(2)
+    ends = {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classes": nn.Linear(widths[-1], 10)}
+    return nn.Sequential(OrderedDict(blocks | ends))
+
+
+def decoupled(dense: nn.Module, images: ImageSet, weight: float) -> nn.Module:
+    model = decouplify.wrap(copy.deepcopy(dense), images.image_size, input_norm=True)
+    recipe = DecouplingRecipe(10, 0.05, 64, mutual_information=weight, target="1.5x")
+    decouple(model, *images.tensors("train"), recipe)
+    return model.eval()
+
+
+def opened(checkpoint: Path, data: str) -> Subject:
+    """A network of the command line and images as it reads them."""
+    found = read_record(checkpoint)
+    extra = found["extra"]
+    model = decouplify.load(rebuild_model(extra), checkpoint).eval()
+    channels, *size = Plan.from_dict(found["plan"]).input_size
+    images = load_images(data, channels=channels, size=(size[0], size[1]))
+    if "mean" in extra:
+        images = images.normalised_as(extra["mean"], extra["std"])
+    return Subject(model, images)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What one batch is trained on: the labels, a teacher, and the losses of the gates."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from decouplify.losses import DecouplingLoss
+from decouplify.train.recipe import Precision, Recipe
+
+__all__ = ["Objective", "distillation"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``, in nats, mean over images (Hinton et al. 2015).
+
+    Args:
+        logits: Of the student, shape (N, classes).
+        teacher_logits: Likewise; no gradient goes there.
+        temperature: T.
+    """
+    log_p = F.log_softmax(logits.float() / temperature, 1)
+    log_q = F.log_softmax(teacher_logits.detach().float() / temperature, 1)
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+class Objective:
+    """The loss of one batch, and the numbers worth logging.
+
+    Args:
+        model: The network in training mode, possibly in DistributedDataParallel.
+        recipe: Weights and precision.
+        criterion: The decoupling loss, None for dense training.
+        teacher: A network in eval mode whose logits the student shall have, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        criterion: DecouplingLoss | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.model, self.recipe, self.criterion, self.teacher = model, recipe, criterion, teacher
+
+    def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and loss and accuracy (for gates also keep_ratio and macs) as detached scalars.
+
+        Args:
+            x: Images, shape (N, C, H, W).
+            y: Class indices, shape (N,); None: the teacher's answers take their place.
+        """
+        if self.recipe.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        taught = None if self.teacher is None else self._answers(self.teacher, x)
+        with self._autocast(x):
+            logits = self.model(x)
+        if y is None:
+            assert taught is not None
+            loss, told = self._distance(logits, taught), taught.argmax(1)
+        else:
+            loss, told = self._task(logits, taught, y), y
+        logged = {"loss": loss.detach(), "accuracy": (logits.argmax(1) == told).float().mean()}
+        if self.criterion is not None:
+            loss = loss + self.criterion(told)
+            assert self.criterion.terms is not None
+            logged.update(keep_ratio=self.criterion.terms.keep_ratio, macs=self.criterion.terms.macs)
+        return loss, logged
+
+    @torch.no_grad()
+    def _answers(self, teacher: nn.Module, x: Tensor) -> Tensor:
+        with self._autocast(x):
+            logits: Tensor = teacher(x)
+        return logits
+
+    def _autocast(self, x: Tensor) -> torch.autocast:
+        precision: Precision = self.recipe.precision
+        return torch.autocast(x.device.type, _DTYPES[precision], enabled=precision != "float32")
+
+    def _task(self, logits: Tensor, taught: Tensor | None, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=self.recipe.label_smoothing)
+        if taught is None:
+            return loss
+        share = self.recipe.distillation
+        return (1 - share) * loss + share * self._distance(logits, taught)
+
+    def _distance(self, logits: Tensor, taught: Tensor) -> Tensor:
+        return distillation(logits, taught, self.recipe.temperature)
