@@ -128,6 +128,13 @@ def test_repeated_images_count_once(trained) -> None:
     assert twice.rows == once.rows
 
 
+def test_attacks_of_one_name_are_numbered(trained) -> None:
+    settings = {**FAST, "n_per_class": (1,), "baselines": (), "adaptive_weight": None}
+    attacks = {"attack": PGD(n_steps=3), "unseen": (PGD(n_steps=4), PGD(n_steps=5))}
+    found = detect(trained.pixel, trained.images[:80], trained.labels[:80], **attacks, **settings)
+    assert [row.tested_on for row in found.rows] == ["pgd", "noise", "pgd #2", "pgd #3", "noise", "placebo"]
+
+
 def test_rows_with_too_few_images_are_named(trained) -> None:
     settings = {**FAST, "baselines": (), "unseen": (FGSM(1e-6),), "adaptive_weight": None}
     found = detect(trained.pixel, trained.images[:80], trained.labels[:80], PGD(n_steps=5), **settings)

@@ -15,8 +15,9 @@ from decouplify.adversarial.attacks import (
     CDRPAttack,
     attack_named,
 )
+from decouplify.adversarial.baselines import BASELINES
 from decouplify.adversarial.crafting import Crafted, craft, target_classes
-from decouplify.adversarial.detection import BASELINES, detect
+from decouplify.adversarial.detection import detect
 from decouplify.adversarial.detectors import DETECTORS, Detector, PrototypeDetector, SklearnDetector
 from decouplify.adversarial.gradients import GateAware, soft_gates
 from decouplify.adversarial.maps import AdversarialMap, adversarial_map

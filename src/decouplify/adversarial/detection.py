@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor, from_numpy, nn
+from torch import Tensor, nn
 
 from decouplify.adversarial.adaptive import AdaptiveAttack
 from decouplify.adversarial.attacks import Attack, attack_named
+from decouplify.adversarial.baselines import BASELINES, compare_original, compare_views
 from decouplify.adversarial.detectors import DETECTORS
-from decouplify.adversarial.experiment import Attacked, Experiment, Images, Mask
-from decouplify.adversarial.observations import OF_ONE_FORWARD, Features, Observation, Original
+from decouplify.adversarial.experiment import Attacked, Experiment, Images, Mask, paths_of
+from decouplify.adversarial.observations import Observation
 from decouplify.adversarial.pixels import check_labels, check_pixels
 from decouplify.adversarial.protocol import Protocol, Seen
 from decouplify.adversarial.result import DetectionResult
 from decouplify.decoupling import decoupling_of
-from decouplify.paths._distance import stratified_rows
 
-__all__ = ["BASELINES", "detect"]
-
-BASELINES = (*OF_ONE_FORWARD, "pseudo-paths", "critical paths")
+__all__ = ["detect"]
 
 
 def detect(
@@ -102,9 +98,9 @@ def detect(
     placebo = experiment.seen_again()
     _compare_paths(experiment, main, others, placebo)
     if adaptive_weight is not None:
-        _compare(experiment, "paths", others[-1].name, _paths(others[-1].seen), others[-1].success)
-    _compare_views(experiment, main, placebo, [name for name in baselines if name in OF_ONE_FORWARD])
-    _compare_original(experiment, main, original, baselines, n_critical)
+        _compare(experiment, others[-1].name, paths_of(others[-1].seen), others[-1].success)
+    compare_views(experiment, main, placebo, baselines)
+    compare_original(experiment, main, original, baselines, n_critical)
     n_classes = len(np.unique(experiment.labels))
     facts = {"n_given": len(images), "n_classes": n_classes, "repeats": repeats, "seed": seed}
     return experiment.result(main.name, facts)
@@ -115,91 +111,18 @@ def _check_names(what: str, given: Sequence[str], known: Sequence[str]) -> None:
         raise ValueError(f"detect: no {what} is called {unknown[0]!r}; there are {', '.join(known)}")
 
 
-def _paths(seen: Observation) -> Seen:
-    return Seen(seen.path, seen.preds)
-
-
 def _compare_paths(experiment: Experiment, main: Attacked, others: Sequence[Attacked], placebo: Observation) -> None:
     """Paths against the attack, against what detectors of it were not trained on, and against nothing at all."""
-    noise = _paths(experiment.noise_like(main.crafted.images))
-    tests = {main.name: (_paths(main.seen), main.success), "noise": (noise, main.success)}
-    tests |= {other.name: (_paths(other.seen), other.success) for other in others}
-    training = (_paths(experiment.clean), _paths(main.seen), main.success)
+    noise = paths_of(experiment.noise_like(main.crafted.images))
+    tests = {main.name: (paths_of(main.seen), main.success), "noise": (noise, main.success)}
+    tests |= {other.name: (paths_of(other.seen), other.success) for other in others}
+    training = (paths_of(experiment.clean), paths_of(main.seen), main.success)
     experiment.compare("paths", main.name, training, tests)
-    _compare(experiment, "paths", "noise", noise, main.success)
-    _compare(experiment, "paths", "placebo", _paths(placebo), main.success)
+    _compare(experiment, "noise", noise, main.success)
+    _compare(experiment, "placebo", paths_of(placebo), main.success)
 
 
-def _compare(experiment: Experiment, features: str, what: str, seen: Seen, counted: Mask) -> None:
+def _compare(experiment: Experiment, what: str, seen: Seen, counted: Mask) -> None:
     """Detectors of paths that are trained and tested on the same thing."""
-    training = (_paths(experiment.clean), seen, counted)
-    experiment.compare(features, what, training, {what: (seen, counted)})
-
-
-class _Looks(NamedTuple):
-    """Features of the clean images, of their attacked twins, and of the clean ones seen again; (N, D) each."""
-
-    clean: Features
-    attacked: Features
-    again: Features
-
-
-def _compare_views(experiment: Experiment, main: Attacked, placebo: Observation, names: Sequence[str]) -> None:
-    """Baselines that the forwards so far have given."""
-    for name in names:
-        look = OF_ONE_FORWARD[name]
-        looks = _Looks(look(experiment.clean), look(main.seen), look(placebo))
-        _compare_baseline(experiment, name, main, looks, main.success)
-
-
-def _compare_original(
-    experiment: Experiment, main: Attacked, original: nn.Module | None, names: Sequence[str], n_critical: int
-) -> None:
-    """Baselines that look at the network as it was before it was wrapped."""
-    if not {"pseudo-paths", "critical paths"} & set(names):
-        return
-    source = Original(experiment.model, original, experiment.images.pixels, experiment.batch_size)
-    if "pseudo-paths" in names:
-        with experiment.stage("pseudo-paths"):
-            looks = _look(experiment, source.pseudo, main, np.arange(len(experiment)))
-        _compare_baseline(experiment, "pseudo-paths", main, looks, main.success)
-    if "critical paths" in names:
-        _compare_critical(experiment, main, source, n_critical)
-
-
-def _compare_critical(experiment: Experiment, main: Attacked, source: Original, n_images: int) -> None:
-    """Critical paths of some images, and paths of the same images."""
-    successes = np.flatnonzero(main.success)
-    part = successes[stratified_rows(experiment.labels[successes], n_images, experiment.protocol.seed)]
-    counted = np.isin(np.arange(len(experiment)), part)
-    with experiment.stage("critical paths"):
-        looks = _look(experiment, source.critical, main, part)
-    note = "" if len(part) == len(successes) else f"{len(part)} images"
-    if note:
-        training = (_paths(experiment.clean), _paths(main.seen), counted)
-        experiment.compare("paths", main.name, training, {main.name: (training[1], counted)}, note)
-    _compare_baseline(experiment, "critical paths", main, looks, counted, note)
-
-
-def _look(experiment: Experiment, look: Callable[[Tensor], Features], main: Attacked, rows: NDArray[np.intp]) -> _Looks:
-    """Look at some images, at their attacked twins, and at the former again in the opposite order.
-
-    Other images get zeros; nobody counts them.
-    """
-    index = from_numpy(rows)
-    clean = experiment.images.pixels[index]
-    found = [look(clean), look(main.crafted.images[index]), look(clean.flip(0))[::-1]]
-    whole = _Looks(*(np.zeros((len(experiment), features.shape[1]), np.float32) for features in found))
-    for features, part in zip(whole, found, strict=True):
-        features[rows] = part
-    return whole
-
-
-def _compare_baseline(
-    experiment: Experiment, name: str, main: Attacked, looks: _Looks, counted: Mask, note: str = ""
-) -> None:
-    """The attack and a placebo, seen through a baseline's features."""
-    clean = Seen(looks.clean, experiment.clean.preds)
-    attacked, again = Seen(looks.attacked, main.seen.preds), Seen(looks.again, experiment.clean.preds)
-    for what, seen in ((main.name, attacked), ("placebo", again)):
-        experiment.compare(name, what, (clean, seen, counted), {what: (seen, counted)}, note)
+    training = (paths_of(experiment.clean), seen, counted)
+    experiment.compare("paths", what, training, {what: (seen, counted)})

@@ -21,7 +21,7 @@ from decouplify.adversarial.protocol import Protocol, Seen, TooFewImagesError, s
 from decouplify.adversarial.result import DetectionResult, DetectionRow
 from decouplify.decoupling import decoupling_of
 
-__all__ = ["Attacked", "Experiment", "Images", "Mask"]
+__all__ = ["Attacked", "Experiment", "Images", "Mask", "paths_of"]
 
 Mask = NDArray[np.bool_]
 
@@ -60,6 +60,11 @@ class Attacked:
     def success(self) -> Mask:
         """Shape (N,)."""
         return self.crafted.success.numpy()
+
+
+def paths_of(seen: Observation) -> Seen:
+    """Paths, as detectors see them."""
+    return Seen(seen.path, seen.preds)
 
 
 @dataclass(eq=False)
@@ -115,10 +120,19 @@ class Experiment:
 
     def attacked(self, attack: Attack) -> Attacked:
         """The attack on every image, and what is seen of its result."""
-        with self.stage(f"attack {name_of(attack)}"):
+        name = self._name(attack)
+        with self.stage(f"attack {name}"):
             settings = {"batch_size": self.batch_size, "seed": self.protocol.seed}
             crafted = craft(attack, self.model, self.images.pixels, self.images.labels, **settings)
-            return Attacked(crafted, observe(self.model, crafted.images, self.batch_size))
+            return Attacked(replace(crafted, name=name), observe(self.model, crafted.images, self.batch_size))
+
+    def _name(self, attack: Attack) -> str:
+        """The attack's name, numbered if another one has it: rows are told apart by it."""
+        name, number = name_of(attack), 1
+        while f"attack {name}" in self.seconds:
+            number += 1
+            name = f"{name_of(attack)} #{number}"
+        return name
 
     def adaptive(self, weight: float, eps: float) -> AdaptiveAttack:
         """The adaptive attack, which knows the class rates of all clean images, those of the test included."""
