@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import decouplify
 from decouplify.adversarial import (
+    BASELINES,
     PGD,
     AdaptiveAttack,
     DetectionResult,
@@ -54,7 +55,7 @@ def main() -> None:
     images, labels = pixels(data.test_images), data.test_labels
     found = earlier(args.out, {"network": name, "checkpoint": extra})
     for attack in filter(None, args.attacks.split(",")):
-        result = table(model, original, images[: args.n_images], labels[: args.n_images], attack, args.n_critical)
+        result = table(model, original, images[: args.n_images], labels[: args.n_images], attack, args)
         print(result.table(), "\n")
         found["tables"] = [known for known in found["tables"] if known["attack"] != attack] + [result.to_dict()]
         keep(found, args)
@@ -65,17 +66,25 @@ def main() -> None:
 
 
 def table(
-    model: PixelModel, original: nn.Module | None, images: Tensor, labels: Tensor, attack: str, n_critical: int
+    model: PixelModel,
+    original: nn.Module | None,
+    images: Tensor,
+    labels: Tensor,
+    attack: str,
+    args: argparse.Namespace,
 ) -> DetectionResult:
     wall, cpu = time.perf_counter(), time.process_time()
+    others = [other for other in ("fgsm", "mifgsm", "pgd") if other != attack][:2]
     result = detect(
         model,
         images,
         labels,
         attack,
-        unseen=[other for other in ("fgsm", "mifgsm", "pgd") if other != attack][:2],
+        unseen=() if args.brief else others,
+        adaptive_weight=None if args.brief else AdaptiveAttack.weight,
+        baselines=[name for name in BASELINES if not args.brief or name != "critical paths"],
         original=original,
-        n_critical=n_critical,
+        n_critical=args.n_critical,
         progress=lambda stage: print(f"{time.perf_counter() - wall:5.0f} s  {stage}", flush=True),
     )
     times = {"wall_s": round(time.perf_counter() - wall), "cpu_s": round(time.process_time() - cpu)}
@@ -179,6 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--attacks", default="pgd,cdrp", help="fgsm, bim, pgd, mifgsm, cdrp; empty: none")
     parser.add_argument("--n-images", type=int, default=1000)
     parser.add_argument("--n-critical", type=int, default=200, help="images for critical data routing paths")
+    parser.add_argument("--brief", action="store_true", help="no other attacks, no critical paths")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
     parser.add_argument("--page", type=Path, help="Markdown page whose marked part gets the tables")
     parser.add_argument("--picture", type=Path, help="where to draw the map")
