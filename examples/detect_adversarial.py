@@ -45,7 +45,7 @@ def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
     extra = read_record(args.checkpoint)["extra"]
-    name = extra["model"]
+    name = extra["model"].rpartition(":")[2]  # "resnet56", or "cifar:resnet56"
     model = PixelModel(decouplify.load(NETWORKS[name](), args.checkpoint), MEAN, STD).eval()
     original = None
     if args.original:
