@@ -48,7 +48,7 @@ def test_importing_leaves_random_state_threads_and_warnings_alone() -> None:
     assert run_python(f"import torch, warnings; before = {look}; import decouplify; print(before == {look})") == "True"
 
 
-@pytest.mark.parametrize("module", ["concepts", "losses", "paths", "sparse", "errors", "plan"])
+@pytest.mark.parametrize("module", ["adversarial", "concepts", "losses", "paths", "sparse", "errors", "plan"])
 def test_public_names_of_submodules_exist(module: str) -> None:
     found = __import__(f"decouplify.{module}", fromlist=["__all__"])
     assert len(set(found.__all__)) == len(found.__all__)

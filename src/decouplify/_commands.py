@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from typer.core import TyperGroup
 
 import decouplify
+from decouplify import adversarial
+from decouplify.adversarial import attack_named
 from decouplify.bench import RUNTIMES, Gates, Protocol, benchmark, calibrate_norms, random_images
 from decouplify.checkpoint import read_record
 from decouplify.concepts import Broden, MaskFolder, Scaled, interpretability, load_broden, load_voc
@@ -32,6 +34,7 @@ from decouplify.errors import CheckpointError
 from decouplify.losses import parse_target
 from decouplify.macs import MacCount
 from decouplify.paths import FilterStates, PathSet, macs_of_paths
+from decouplify.paths._distance import stratified_rows
 from decouplify.paths._text import plain
 from decouplify.plan import Plan
 from decouplify.registry import build_model, model_kwargs, rebuild_model
@@ -522,6 +525,64 @@ def _trained_network(checkpoint: Path, data: str | None) -> tuple[nn.Module, Ten
     return opened.model, opened.images.tensors("test")[0][:_N_TIMED]
 
 
+# detect ---------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def detect(
+    checkpoint: _Checkpoint,
+    data: _Data,
+    attack: Annotated[str, typer.Option(help="fgsm, bim, pgd, mifgsm or cdrp.")] = "pgd",
+    eps: Annotated[
+        float | None, typer.Option(min=0.0, help="Radius of the attack for pixels in [0, 1]; 8/255 by default.")
+    ] = None,
+    per_class: Annotated[str, typer.Option(metavar="N,N,...", help="Training images per class.")] = "1,5,10",
+    repeats: Annotated[int, typer.Option(min=1, help="Independent draws of them.")] = 5,
+    max_images: Annotated[int, typer.Option(min=4, help="Use so many images, classes in proportion.")] = 1000,
+    critical: Annotated[
+        int, typer.Option(min=0, help="Images for critical data routing paths, which are slow; 0: leave these out.")
+    ] = 200,
+    adaptive: Annotated[bool, typer.Option(help="Run the adaptive attack, too.")] = True,
+    split: _Part = _Split.test,
+    seed: Annotated[int, typer.Option(help="Of attacks, draws and detectors.")] = 0,
+    device: _Device = "auto",
+    as_json: _Json = False,
+) -> None:
+    """Attack a checkpoint's network, and detect the attacked images from their paths, with controls and baselines."""
+    chosen = attack_named(attack, eps)
+    sizes = _parse_sizes(per_class)
+    opened = _open(checkpoint, data, _device(device))
+    pixels, labels = opened.images.pixels(split.value)
+    rows = stratified_rows(labels, max_images, seed)
+    result = adversarial.detect(
+        adversarial.PixelModel(opened.model, opened.images.mean, opened.images.std),
+        torch.from_numpy(pixels[rows]).movedim(-1, 1).float() / 255,
+        torch.from_numpy(labels[rows]),
+        chosen,
+        adaptive_weight=adversarial.AdaptiveAttack.weight if adaptive else None,
+        baselines=[name for name in adversarial.BASELINES if critical or name != "critical paths"],
+        n_critical=critical,
+        n_per_class=sizes,
+        repeats=repeats,
+        seed=seed,
+        progress=None if as_json else lambda stage: typer.echo(stage, err=True),
+    )
+    if as_json:
+        _emit({"checkpoint": str(checkpoint), "data": data, "split": split.value, **result.to_dict()})
+        return
+    typer.echo(result.table())
+
+
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = (0,)
+    if min(sizes) < 1:
+        raise ValueError(f"--per-class {text}: wanted positive integers, for instance 1,5,10")
+    return sizes
+
+
 # what record, report and bench share ----------------------------------------------------------------------------------
 
 
@@ -596,9 +657,6 @@ def _how_timed(n: int) -> str:
         f"median of {n} images, one at a time on the CPU, {threads}; dense: the network without gates in eager "
         f"PyTorch; sparse: {backend()}"
     )
-
-
-# What they share ------------------------------------------------------------------------------------------------------
 
 
 def _device(name: str) -> torch.device:

@@ -118,6 +118,7 @@ class Decoupling(nn.Module):
         self._enabled = True
         self._forced: dict[str, Tensor] = {}
         self._observer: Callable[[str, End, Tensor], None] | None = None
+        self._surrogate: Callable[[Tensor], Tensor] | None = None
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``."""
@@ -206,6 +207,18 @@ class Decoupling(nn.Module):
         finally:
             self._forced = before
 
+    @contextmanager
+    def differentiable(self, surrogate: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While the context lasts, gates of evaluation keep their values and get the gradient of ``surrogate(g)``.
+
+        Without it their gradient is zero: what is computed from an image's gradient then takes its path for fixed.
+        """
+        before, self._surrogate = self._surrogate, surrogate
+        try:
+            yield
+        finally:
+            self._surrogate = before
+
     # What follows is called by the hooks that ``surgery`` installs.
 
     def begin_forward(self) -> None:
@@ -228,7 +241,7 @@ class Decoupling(nn.Module):
         if forced is not None:
             return forced.to(g).expand_as(g)
         if not self.training:
-            return binarise(g)
+            return binarise(g) if self._surrogate is None else straight_through(g, self._surrogate(g))
         if self.hard:
             return straight_through(g, torch.sigmoid(g))  # not v1: without noise, a gate beyond its flat ends stays
         return improved_semhash(g, self.noise)
@@ -262,7 +275,7 @@ class Decoupling(nn.Module):
         if self.collects_outputs and self.training:
             forward.pooled[name, end] = self._pool(end, y)
         z = forward.gates[name].to(y.dtype)
-        if end.before_relu and self.training:
+        if end.before_relu and (self.training or self._surrogate is not None):
             z = _never_quite_zero(z)
         gated = _laid_out_as(y, y * (z[:, :, None, None] if end.axis == 1 else z[:, None, None, :]))
         if self._observer is not None:
