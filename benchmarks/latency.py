@@ -18,7 +18,6 @@ import fnmatch
 import gc
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -30,14 +29,11 @@ from torch import Tensor, nn
 import decouplify
 from decouplify.bench import RUNTIMES, Gates, Protocol, Result, benchmark, calibrate_norms, random_images
 from decouplify.checkpoint import read_record
+from decouplify.cifar import load_cifar10, resnet56
 from decouplify.data import load_images
 from decouplify.registry import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from cifar_data import load_cifar10  # noqa: E402  # beside the examples
-from cifar_models import resnet56  # noqa: E402
 
 #: Network by name: how to build it, and the size of its images.
 MODELS = {

@@ -192,7 +192,7 @@ def test_plain_weights_are_refused_with_advice(path: Path) -> None:
     ("record", "match"),
     [
         ("not JSON", "the record of the surgery cannot be read"),
-        ('{"format": 1}', r"the record of the surgery is incomplete \(KeyError: 'plan'\)"),
+        ('{"format": 1, "plan": {}}', r"the record of the surgery is incomplete \(KeyError: "),
         ('{"format": 1, "plan": {"gates": []}}', "the record of the surgery is incomplete"),
         ('{"format": 2, "decouplify": "9.0"}', "has format 2 of decouplify 9.0; this is .*, which reads format 1"),
     ],
@@ -259,7 +259,23 @@ def test_a_wrapped_model_is_refused_and_stays_wrapped(path: Path) -> None:
     check_refused(model, path, "Plain is wrapped already; load into a fresh model of the saved architecture", PlanError)
 
 
-def test_an_unwrapped_model_cannot_be_saved(path: Path) -> None:
-    with pytest.raises(ValueError, match="save: Plain is not wrapped"):
-        decouplify.save(TOYS["Plain"].build(), path)
-    assert not path.exists()
+def test_a_model_without_gates_comes_back_without_gates(path: Path) -> None:
+    model, other = TOYS["Plain"].build(), TOYS["Plain"].build()
+    decouplify.save(model, path, {"kind": "twin"})
+    assert read_record(path)["plan"] is None
+    assert decouplify.load(other, path) is other
+    assert not hasattr(other, "decoupling")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    with pytest.raises(PlanError, match="has no gates and Plain is wrapped"):
+        decouplify.load(TOYS["Plain"].wrapped(), path)
+
+
+def test_half_precision_leaves_what_decides_about_gates_alone(path: Path) -> None:
+    model = TOYS["Plain"].wrapped()
+    decouplify.save(model, path, half=True)
+    loaded = decouplify.load(TOYS["Plain"].build(), path)
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == model.state_dict()[name].dtype
+        exact = name.startswith("decoupling.") or tensor.dim() < 2
+        expected = model.state_dict()[name] if exact else model.state_dict()[name].half().float()
+        assert torch.equal(tensor, expected), name

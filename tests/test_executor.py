@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.util
 import json
 import math
 import pickle
 import re
 import threading
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import decouplify
-from conftest import ROOT
+from decouplify.cifar import CifarResNet
 from decouplify.sparse import SparseModel, backend, count_executed_macs, native, tuning
 from decouplify.sparse.drafts import ReadGate, SetGate, TorchCall
 from decouplify.sparse.native import Algorithm
@@ -256,18 +254,7 @@ def test_real_networks_agree_with_their_masked_form(name: str) -> None:
 @needs_engine
 @pytest.mark.parametrize("n_blocks", [3, 9])
 def test_residual_networks_for_small_images_agree_with_their_masked_form(n_blocks: int) -> None:
-    models = load_example("cifar_models")
-    assert_forms_agree(models.CifarResNet(n_blocks), (3, 32, 32))
-
-
-def load_example(name: str) -> ModuleType:
-    """A script of the examples directory as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert_forms_agree(CifarResNet(n_blocks), (3, 32, 32))
 
 
 def assert_forms_agree(model: nn.Module, size: tuple[int, int, int], **options: Any) -> None:

@@ -381,26 +381,25 @@ def test_a_mapping_gives_each_gate_the_ratio_of_the_first_glob_that_fits() -> No
 def test_a_mac_target_measures_noise_free_gates_and_steers_the_noisy_ones() -> None:
     model = wrapped()
     costs = model.decoupling.costs
-    criterion = DecouplingLoss(model, mutual_information=0, kl=0, sparsity=2.0, target="4x")
+    criterion = DecouplingLoss(model, mutual_information=0, kl=0, target="4x", steering=3.0)
     model(random_images(N))
     path = model.decoupling.path().detach()
     hard = torch.cat([(g > 0).double() for g in model.decoupling.margins().values()], 1)
     share = costs.executed(hard).mean().item() / costs.n_dense
-    n_filters = model.decoupling.plan.n_filters
     gates = list(model.decoupling.gates().values())
     loss = criterion()
     assert criterion.terms.macs.item() == pytest.approx(share, rel=1e-5)
-    assert loss.item() == pytest.approx(2.0 * abs(share / 0.25 - 1) * n_filters, rel=1e-5)
+    assert loss.item() == pytest.approx(3.0 * abs(share / 0.25 - 1), rel=1e-5)
     leaf = path.double().requires_grad_(True)
     (expected,) = torch.autograd.grad(costs.executed(leaf).mean() / costs.n_dense, leaf)
     (gradient,) = torch.autograd.grad(loss, gates[-1])
-    scale = 2.0 * n_filters / 0.25
+    scale = 3.0 / 0.25
     assert torch.allclose(gradient.double(), scale * expected[:, -gates[-1].shape[1] :], atol=1e-5)
 
 
 def test_the_target_scale_ramps_the_distance() -> None:
     model = wrapped()
-    criterion = DecouplingLoss(model, mutual_information=0, kl=0, sparsity=1, target="2x")
+    criterion = DecouplingLoss(model, mutual_information=0, kl=0, target="2x", steering=1.0)
     losses = []
     for scale in (0.0, 0.5, 1.0):
         criterion.target_scale = scale
@@ -408,7 +407,7 @@ def test_the_target_scale_ramps_the_distance() -> None:
         model(random_images(N))
         loss, share = criterion().item(), criterion.terms.macs.item()
         losses.append(loss)
-        assert loss == pytest.approx(abs(share / (1 - scale / 2) - 1) * model.decoupling.plan.n_filters, rel=1e-5)
+        assert loss == pytest.approx(abs(share / (1 - scale / 2) - 1), rel=1e-5)
     assert len(set(losses)) == 3
 
 
@@ -541,19 +540,42 @@ def step(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
 def test_parameter_groups_hold_every_trainable_parameter_once() -> None:
     model = wrapped()
     model.stem.requires_grad_(False)
-    network, gates = parameter_groups(model, lr=0.1, weight_decay=1e-4)
-    ours = {id(p) for p in model.decoupling.parameters()}
-    assert {id(p) for p in gates["params"]} == ours
-    found = [id(p) for group in (network, gates) for p in group["params"]]
+    network, gates, heads = parameter_groups(model, lr=0.1, weight_decay=1e-4)
+    assert {id(p) for p in gates["params"]} == {id(p) for p in model.decoupling.controllers.parameters()}
+    assert {id(p) for p in heads["params"]} == {id(p) for p in model.decoupling.heads.parameters()}
+    found = [id(p) for group in (network, gates, heads) for p in group["params"]]
     assert len(found) == len(set(found))
     assert set(found) == {id(p) for p in model.parameters() if p.requires_grad}
     assert (network["lr"], network["weight_decay"], gates["weight_decay"]) == (0.1, 1e-4, 0)
-    assert gates["lr"] == pytest.approx(1.0)
-    torch.optim.SGD([network, gates])
+    assert (gates["lr"], heads["lr"], heads["weight_decay"]) == (pytest.approx(1.0), 0.1, 0)
+    torch.optim.SGD([network, gates, heads])
 
 
 def test_gates_may_have_a_learning_rate_of_their_own() -> None:
-    assert [g["lr"] for g in parameter_groups(wrapped("Plain"), lr=0.1, gate_lr=0.3)] == [0.1, 0.3]
+    groups = parameter_groups(wrapped("Plain"), lr=0.1, gate_lr=0.3, head_lr=0.2)
+    assert [group["lr"] for group in groups] == [0.1, 0.3, 0.2]
+
+
+def test_a_target_in_macs_can_be_a_share() -> None:
+    assert DecouplingLoss(wrapped("Plain"), target_macs=0.5).target_macs == 0.5
+    with pytest.raises(ValueError, match="one of them wanted"):
+        DecouplingLoss(wrapped("Plain"), target="2x", target_macs=0.5)
+    with pytest.raises(ValueError, match=r"a share of the dense MACs in \(0, 1\]"):
+        DecouplingLoss(wrapped("Plain"), target_macs=2.0)
+
+
+def test_information_can_be_ramped() -> None:
+    model = wrapped("Plain")
+    criterion = DecouplingLoss(model, kl=0.0, sparsity=0.0)
+    labels = torch.zeros(N, dtype=torch.long)
+    losses = []
+    for scale in (0.0, 0.5, 1.0):
+        criterion.information_scale = scale
+        torch.manual_seed(0)
+        model(random_images(N))
+        losses.append(criterion(labels).item())
+    assert losses[0] == 0.0
+    assert losses[1] == pytest.approx(losses[2] / 2)
 
 
 def test_groups_of_an_unwrapped_model_are_refused() -> None:

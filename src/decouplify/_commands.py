@@ -276,7 +276,7 @@ def _note_missed_target(target: Any, reduction: float) -> None:
     share, _ = parse_target(target)
     if share is None or 0.9 < reduction * share < 1.1:
         return
-    advice = "train for more --decouple-epochs, take more steps with a smaller --batch-size, or raise --sparsity"
+    advice = "train for more --decouple-epochs, or take more steps with a smaller --batch-size"
     Console(stderr=True).print(
         Text(f"note: {reduction:.2f}x instead of {target}: {advice}", style="yellow"), soft_wrap=True
     )

@@ -100,4 +100,4 @@ def test_the_adaptive_attack_brings_paths_nearer_to_the_new_class(trained) -> No
     (plain, plain_success), (pulled, pulled_success) = distance(0.0), distance(100.0)
     assert plain_success > 0.8
     assert pulled_success > 0.6
-    assert pulled - own < 0.85 * (plain - own)
+    assert pulled - own < 0.9 * (plain - own)

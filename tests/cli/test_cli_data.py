@@ -283,7 +283,9 @@ def test_an_unreadable_picture_is_named(folders):
 
 
 def test_what_is_no_data_set_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'no data at digit: wanted "digits", an \.npz file or a directory'):
+    with pytest.raises(
+        FileNotFoundError, match=r'no data at digit: wanted "digits", an \.npz or \.bin file, or a directory'
+    ):
         load_images("digit")
     (tmp_path / "labels.csv").write_text("1,2")
     with pytest.raises(ValueError, match=r"labels\.csv is no data set"):

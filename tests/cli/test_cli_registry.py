@@ -75,7 +75,7 @@ def test_a_missing_package_is_answered_with_the_extra_that_brings_it(monkeypatch
     with pytest.raises(ImportError, match=r'needs timm; install it with: pip install "decouplify\[zoo\]"'):
         build_model("timm:resnet18")
     # Suggestions come from what is there.
-    with pytest.raises(ValueError, match=r"for instance torchvision:resnet18$"):
+    with pytest.raises(ValueError, match=r"for instance torchvision:resnet18 or cifar:resnet56$"):
         build_model("resnet18")
 
 
@@ -92,5 +92,5 @@ def test_a_checkpoint_can_only_name_a_network_and_give_numbers():
     with pytest.raises(CheckpointError, match="does not say how to build its network"):
         rebuild_model({})
     for kwargs in ({"checkpoint_path": "evil.pth"}, {"num_classes": "4"}, {"pretrained": True}):
-        with pytest.raises(CheckpointError, match="only numbers for num_classes, in_chans"):
+        with pytest.raises(CheckpointError, match="only numbers for num_classes, n_classes, inner, width, in_chans"):
             rebuild_model({"model": "timm:test_resnet", "model_kwargs": kwargs})

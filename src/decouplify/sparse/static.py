@@ -158,7 +158,7 @@ def _removable(classes: ChannelClasses, matching: Matching, habits: Habits) -> s
     read: set[int] = set()
     for node in _readings(classes, matching):
         channels = classes.channels[node]
-        gate_sets = flow.channels(node, channels.axis)
+        gate_sets = flow.zeros(node, channels.axis)
         alive = (c for c, gates in zip(channels.ids, gate_sets, strict=True) if gates is None or not gates <= silent)
         read.update(classes.find(c) for c in alive)
     written = {classes.find(c) for layer in classes.layers for c in layer.outputs.ids}

@@ -15,7 +15,7 @@ from decouplify.train.batches import Batch
 
 __all__ = ["calibrate", "executed_share", "reestimate_norms"]
 
-_NARROWEST, _WIDEST = 0.02, 8.0  # logits; no controller stands farther from its threshold for long
+_NARROWEST = 0.02  # logits
 _CLOSE = 1e-3  # relative distance from the target that is good enough
 _N_HALVINGS = 20
 
@@ -79,7 +79,7 @@ def executed_share(model: nn.Module, images: Iterable[Tensor]) -> float:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Iterable[Tensor], target_macs: float) -> float:
+def calibrate(model: nn.Module, images: Iterable[Tensor], target_macs: float, largest: float = 0.5) -> float:
     """Shift the logits of all gates by one number, so that the executed MACs of these images meet a target.
 
     The number is added to the controllers' output biases, so it stays with the model. Training steers to the target
@@ -89,10 +89,12 @@ def calibrate(model: nn.Module, images: Iterable[Tensor], target_macs: float) ->
         model: A wrapped model; its modes are kept.
         images: Batches (N, C, H, W) on the model's device; iterated many times.
         target_macs: Share of the dense MACs that shall be executed, in (0, 1].
+        largest: Largest shift in logits. A network that is farther from its target was not trained to it, and would
+            meet it at the price of its accuracy.
 
     Returns:
-        The shift in logits; positive opens gates. 0 if no shift can reach the target, because even the widest leaves
-        all the MACs on one side of it; the model is then unchanged.
+        The shift in logits; positive opens gates. 0 if no shift of at most ``largest`` reaches the target; the model is
+        then unchanged.
 
     Raises:
         ValueError: If the model is not wrapped, or the target is not in (0, 1].
@@ -108,18 +110,19 @@ def calibrate(model: nn.Module, images: Iterable[Tensor], target_macs: float) ->
             bias.copy_(value + shift)
         return executed_share(model, images) / target_macs - 1
 
-    shift = _root(excess)
+    shift = _root(excess, largest)
     if shift is None:
         excess(0.0)
         return 0.0
     return shift
 
 
-def _root(excess: Callable[[float], float]) -> float | None:
+def _root(excess: Callable[[float], float], largest: float) -> float | None:
     """A shift after which MACs are at most the target and close to it, or None if there is none within reach.
 
     Args:
         excess: MACs relative to the target minus 1, rising with the shift; the last shift it is called with stays.
+        largest: Reach in logits.
     """
     here = excess(0.0)
     if -_CLOSE <= here <= 0:
@@ -127,9 +130,9 @@ def _root(excess: Callable[[float], float]) -> float | None:
     sign = -1.0 if here > 0 else 1.0
     near, far = 0.0, sign * _NARROWEST
     while (there := excess(far)) * sign < 0:
-        if abs(far) >= _WIDEST:
+        if abs(far) >= largest:
             return None
-        near, far = far, 2 * far
+        near, far = far, sign * min(2 * abs(far), largest)
     low, high = (far, near) if sign < 0 else (near, far)
     for _ in range(_N_HALVINGS):
         middle = (low + high) / 2
