@@ -73,7 +73,7 @@ def test_counted_macs_are_those_that_the_sparse_form_executes(
         with count_executed_macs() as counts:
             fast(image[None])
         executed.append(sum(counts))
-    if "run by torch: nothing" in str(fast) or "native" not in str(fast):
+    if backend == "reference" or "run by torch: nothing" in str(fast):
         assert counted.executed.tolist() == executed
     else:  # what comes back from torch has all of its channels, some of them zeros
         assert all(count <= done for count, done in zip(counted.executed.tolist(), executed, strict=True))
