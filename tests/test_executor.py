@@ -20,7 +20,7 @@ import decouplify
 from decouplify.cifar import CifarResNet
 from decouplify.sparse import SparseModel, backend, count_executed_macs, native, tuning
 from decouplify.sparse.drafts import ReadGate, SetGate, TorchCall
-from decouplify.sparse.native import Algorithm
+from decouplify.sparse.native import Algorithm, StepKind
 from decouplify.sparse.translate import obstacle
 from decouplify.sparse.verification import relative_error
 from toynets import (
@@ -333,3 +333,23 @@ def resident_bytes() -> int:
         pytest.skip("needs /proc")
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) << 10
+
+
+@needs_engine
+def test_convolutions_that_differ_in_dilation_alone_are_computed_each_in_its_way() -> None:
+    """A choice made for one of them once was applied to the other, whose windows Winograd cannot compute."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5),
+    )  # fmt: skip
+    assert_forms_agree(model, (3, 32, 32))
+    program = decouplify.sparsify(model).program_for((3, 32, 32))
+    plain, dilated = (
+        next(
+            s for s in program.steps if s.kind is StepKind.CONVOLUTION and s.sliding.dilation == (d, d) and s.reads_part
+        )
+        for d in (1, 2)
+    )
+    assert tuning._key(plain) != tuning._key(dilated)

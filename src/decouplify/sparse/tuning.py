@@ -44,7 +44,7 @@ def choose_algorithms(program: Program, *, exact: bool) -> None:
         ways = tuple(way for way in step.algorithms if not (exact and way.is_winograd))
         if len(ways) > 1:
             key = f"{_key(step)} {'exact' if exact else 'fast'}"
-            if key not in known:
+            if known.get(key) not in {way.name for way in ways}:  # a file may hold anything
                 known[key] = measured[key] = _fastest(program, i, ways).name
             program.set_algorithm(i, Algorithm[known[key]])
     if measured:
@@ -54,8 +54,11 @@ def choose_algorithms(program: Program, *, exact: bool) -> None:
 def _key(step: Step) -> str:
     """What the choice depends on: the CPU, the threads, and the layer."""
     assert step.input is not None and step.output is not None and step.output.size is not None
-    kernel, stride, size = (f"{a}x{b}" for a, b in (step.sliding.kernel, step.sliding.stride, step.output.size))
-    layer = f"{step.input.channels}->{step.output.channels} {kernel}/{stride} at {size}"
+    sliding = step.sliding
+    pairs = (sliding.kernel, sliding.stride, sliding.padding, sliding.dilation, step.output.size)
+    kernel, stride, padding, dilation, size = (f"{a}x{b}" for a, b in pairs)
+    channels = f"{step.input.channels}->{step.output.channels} in {step.groups}"
+    layer = f"{channels} {kernel}/{stride}+{padding}:{dilation} at {size}"
     halves = f"{'half' if step.reads_part else 'all'}->{'half' if step.gate >= 0 else 'all'}"
     return f"{_cpu()} {native.instruction_set()} {torch.get_num_threads()} threads: {layer} {halves}"
 
