@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from decouplify.paths._layout import LayerSpec
+from decouplify.paths._text import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Result"]
+__all__ = ["LayeredResult", "Result"]
 
 
-class Result:
+class Result(ABC):
     """Base of the frozen results: a summary in words, all numbers as plain data, one picture."""
 
+    @abstractmethod
     def summary(self) -> str:
         """The result in words and tables."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain lists and numbers, as JSON can hold it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plot(self, ax: Axes | None = None) -> Axes:
         """The picture.
 
         Args:
             ax: Where to draw; a new figure, unknown to pyplot, if not given.
         """
-        raise NotImplementedError
 
     def save(self, path: str | Path) -> Path:
         """Write the result to a file; the suffix says as what.
@@ -60,3 +64,14 @@ class Result:
         if target.suffix.lstrip(".") not in known:
             raise ValueError(f"save: {target.name} given, wanted a name that ends in .json, .txt, .{', .'.join(known)}")
         figure.savefig(target, dpi=144, bbox_inches="tight")
+
+
+class LayeredResult(Result):
+    """Base of the results that hold arrays over the filters of several layers, side by side."""
+
+    layers: tuple[LayerSpec, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain lists and numbers."""
+        layers = [{"name": layer.name, "depth": layer.depth, "n_filters": layer.n_filters} for layer in self.layers]
+        return {name: plain(value) for name, value in vars(self).items()} | {"layers": layers}

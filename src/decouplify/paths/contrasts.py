@@ -15,7 +15,7 @@ from decouplify._optional import new_axes, write_title
 from decouplify.decoupling import decoupling_of
 from decouplify.modes import eval_mode
 from decouplify.paths._layout import LayerSpec, filter_slices
-from decouplify.paths._results import Result
+from decouplify.paths._results import LayeredResult, Result
 from decouplify.paths._text import percent, plain, text_table
 from decouplify.paths.information import information_of
 from decouplify.paths.interventions import force_all
@@ -29,7 +29,7 @@ __all__ = ["Contrast", "Counterfactual", "contrast", "counterfactual"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Contrast(Result):
+class Contrast(LayeredResult):
     """Which filters are open for A rather than for B.
 
     Attributes:
@@ -98,11 +98,6 @@ class Contrast(Result):
 
     def __repr__(self) -> str:
         return f"Contrast({self.headline()})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain lists and numbers."""
-        layers = [{"name": layer.name, "depth": layer.depth, "n_filters": layer.n_filters} for layer in self.layers]
-        return {name: plain(value) for name, value in vars(self).items()} | {"layers": layers}
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """One dot per filter that differs: its layer across, its difference upwards.

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from decouplify._optional import new_axes, write_title
 from decouplify.paths._layout import LayerSpec, filter_slices
-from decouplify.paths._results import Result
-from decouplify.paths._text import percent, plain, text_table
+from decouplify.paths._results import LayeredResult
+from decouplify.paths._text import percent, text_table
 from decouplify.paths.states import label_layers
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ __all__ = ["PathDiff"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PathDiff(Result):
+class PathDiff(LayeredResult):
     """Filters that were switched on or off between two recordings of the same N images.
 
     Attributes:
@@ -84,11 +84,6 @@ class PathDiff(Result):
 
     def __repr__(self) -> str:
         return f"PathDiff({self.headline()})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain lists and numbers."""
-        layers = [{"name": layer.name, "depth": layer.depth, "n_filters": layer.n_filters} for layer in self.layers]
-        return {name: plain(value) for name, value in vars(self).items()} | {"layers": layers}
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Filters per image that turn on (up) and off (down), a bar per layer.

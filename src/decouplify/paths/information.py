@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from decouplify._optional import new_axes, write_title
 from decouplify.paths._layout import LayerSpec, filter_slices
-from decouplify.paths._results import Result
-from decouplify.paths._text import plain, text_table
+from decouplify.paths._results import LayeredResult
+from decouplify.paths._text import text_table
 from decouplify.paths.pathset import By, PathSet
 from decouplify.paths.states import label_layers
 
@@ -30,7 +30,7 @@ _Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ClassInformation(Result):
+class ClassInformation(LayeredResult):
     """How much each filter's gate tells about the class.
 
     Attributes:
@@ -99,11 +99,6 @@ class ClassInformation(Result):
 
     def __repr__(self) -> str:
         return f"ClassInformation({self.headline()})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain lists and numbers."""
-        layers = [{"name": layer.name, "depth": layer.depth, "n_filters": layer.n_filters} for layer in self.layers]
-        return {name: plain(value) for name, value in vars(self).items()} | {"layers": layers}
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Bits per filter, one box per layer: quartiles, 5th and 95th percentile as whiskers, the best filter as a dot.
