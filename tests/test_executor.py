@@ -353,3 +353,36 @@ def test_convolutions_that_differ_in_dilation_alone_are_computed_each_in_its_way
         for d in (1, 2)
     )
     assert tuning._key(plain) != tuning._key(dilated)
+
+
+class Padded(nn.Module):
+    """TensorFlow's way to halve a map: zeros below and to the right alone; ``twice`` reads them in two places."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.expand = nn.Sequential(nn.Conv2d(8, 24, 1), nn.BatchNorm2d(24), nn.ReLU6())
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+        self.depthwise = nn.Sequential(nn.Conv2d(24, 24, 3, stride=2, groups=24), nn.BatchNorm2d(24), nn.ReLU6())
+        self.project = nn.Conv2d(24, 6, 1)
+        self.other = nn.Conv2d(24, 24, 5, padding=1, stride=2) if twice else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pad(self.expand(torch.relu(self.stem(self.pad(x)))))
+        y = self.depthwise(x)
+        return self.project(y if self.other is None else y + self.other(x)).mean((2, 3))
+
+
+@needs_engine
+@pytest.mark.parametrize("twice", [False, True])
+def test_zeros_for_one_convolution_are_not_copied(twice: bool) -> None:
+    model = randomise_gates(decouplify.wrap(randomise_statistics(Padded(twice)), SIZE, reduction=1)).eval()
+    fast = decouplify.sparsify(model)
+    program = fast.program_for(SIZE)
+    assert program is not None
+    kinds = [step.kind for step in program.steps]
+    assert kinds.count(StepKind.COPY) == twice
+    assert kinds.count(StepKind.EXPAND) == (not twice)
+    assert decouplify.verify(model, fast, random_images(3)).max_error <= 1e-5
+    images = random_images(3)
+    assert torch.allclose(run(fast, images)[0], run(model, images)[0], rtol=1e-4, atol=1e-5)

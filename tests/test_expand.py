@@ -127,11 +127,12 @@ def test_every_instruction_set_on_the_sizes_of_real_networks(name: str, kernel: 
     if not engine.select(name.encode()):
         pytest.skip(f"not compiled, or not for this CPU: {name}")
     try:
-        for side in (112, 56, 7):  # in several bands, and in one
+        # In several bands, in one, and with the input packed.
+        for side, n_channels in ((112, 24), (56, 24), (7, 24), (14, 500), (7, 160)):
             sliding = Sliding((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2))
-            half = [i % 2 == 0 for i in range(24)]
+            channels, filters = [i % 2 == 0 for i in range(n_channels)], [i % 2 == 0 for i in range(24)]
             for n_threads in (1, 2):
-                assert_same(Case((side, side), sliding, half, half, Act(low=0.0, high=6.0), n_threads))
+                assert_same(Case((side, side), sliding, channels, filters, Act(low=0.0, high=6.0), n_threads))
     finally:
         engine.select(chosen.encode())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class _Translation:
         self.gates: dict[Node, int] = {}
         self.in_torch: set[Node] = set()
         self.done: set[Node] = set()  # nodes that became part of an earlier step
+        self.pads: dict[Node, tuple[int, int]] = {}  # rows and columns of zeros that the next convolution adds
         self.modules = dict(module.named_modules())
 
     def run(self) -> Draft:
@@ -208,7 +210,7 @@ class _Translation:
         act, x = act_of(conv.activation), self.map_of(node.args[0])
         if act is None or x is None or not x.is_planar:
             return None
-        sliding = _sliding_of(conv)
+        sliding = self._with_pad(_sliding_of(conv), node.args[0])
         y = _new_map(tuple(node.meta["val"].shape), act)
         gate = self.gate_of(node.args[1])
         weights = {"weight": conv.weight.contiguous(), "bias": conv.bias.contiguous()}
@@ -235,7 +237,8 @@ class _Translation:
         if not self.fuse or not isinstance(last, Step) or last.kind is not StepKind.CONVOLUTION or last.output is not x:
             return None
         is_plain = last.sliding == Sliding() and last.groups == 1 and last.other is None
-        alone = _only_user(last.node) is node
+        reader = _only_user(last.node)
+        alone = node in (reader, _only_user(reader) if reader in self.pads else None)
         return last if is_plain and alone and last.gate == gate and last.act == act else None
 
     def _fuse_expansion(
@@ -462,7 +465,17 @@ class _Translation:
         pad = [*map(int, aten.argument(node, "pad")), 0, 0, 0, 0, 0, 0]
         if x is None or not x.is_planar or not _pads_zeros(node) or min(pad) < 0 or any(pad[6:]):
             return None
+        reader = _only_user(node)
+        if self.fuse and not any(pad[4:]) and reader is not None and self._operator(reader) is SparseConv2d:
+            # Zeros are what a convolution finds outside its input anyway; its output's size tells how far it goes.
+            self.pads[node] = (pad[2], pad[0])
+            return x
         return self._copy(node, x, Sliding(padding=(pad[2], pad[0])), position=pad[4])
+
+    def _with_pad(self, sliding: Sliding, source: Any) -> Sliding:
+        """The window of a convolution whose input was to be padded first."""
+        rows, columns = self.pads.get(source, (0, 0))
+        return replace(sliding, padding=(sliding.padding[0] + rows, sliding.padding[1] + columns))
 
     def part(self, node: Node) -> Map | None:
         """Every n-th row or column."""

@@ -77,7 +77,8 @@ struct DirectJob {
       const int filter = call.filters[first + i];
       TileOutput& o = to[i - n0] = output_of(conv, call, filter);
       o.weight = conv.weight + filter * weights_per_filter();
-      o.next_weight = conv.weight + call.filters[first + (i + n1 - n0) % n] * weights_per_filter();
+      const int next = i + n1 - n0;
+      o.next_weight = conv.weight + call.filters[first + (next < n ? next : i)] * weights_per_filter();
       o.out += v0 * kLanes;
       if (o.residual != nullptr) o.residual += v0 * kLanes;
       o.partial_sum = sums.of(thread, first + i);

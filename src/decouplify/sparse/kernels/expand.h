@@ -4,6 +4,7 @@
 // megabytes; that of a few filters and rows stays in the first caches, and is never anywhere else.
 #pragma once
 
+#include "packed.h"
 #include "window.h"
 
 namespace decouplify::DECOUPLIFY_ISA {
@@ -20,6 +21,7 @@ class Band {
     return (int64_t{n_rows} * g.row + 2 * g.border + (kTileVectors + 1) * kLanes + 15) / 16 * 16;
   }
 
+  float* memory() const { return memory_; }
   int first() const { return first_; }
   int last() const { return last_; }
   // Rows of the image among them.
@@ -52,12 +54,15 @@ struct ExpandJob {
   const PixelSums& sums;
   Taps taps;
   bool in_place;
-  const int64_t* offsets;
+  const PackedInput* packed;  // the input without borders, or null
+  const int64_t* offsets;     // its channels where they are, if it is not packed
   const int32_t* columns;
   Scratch& scratch;
 
   int n_vectors() const { return divide_up((window.out.height - 1) * window.out.row + window.out.width, kLanes); }
-  int n_groups() const { return divide_up(call.n_filters, kTileFilters); }
+  int n_groups() const {
+    return divide_up(call.n_filters, packed == nullptr ? kTileFilters : packed->filters_at_once());
+  }
   int n_bands() const {
     const int64_t per_row = int64_t{call.n_channels + 2 * kTileFilters} * window.in.row;
     const int n_rows = static_cast<int>(kBandFloats / per_row);
@@ -82,7 +87,7 @@ struct ExpandJob {
     const Band sized = band_under(first, last, nullptr);
     const int64_t n_floats = Band::filter_floats(window.in, sized.last() - sized.first()) * (n1 - n0);
     const Band band = band_under(first, last, scratch.products[thread].reserve(n_floats + kTileVectors * kLanes));
-    fill(band, n0, n1);
+    packed == nullptr ? fill(band, n0, n1) : fill_packed(band, n0, n1);
     for (int i = n0; i < n1; ++i) {
       band.clear_outside(i - n0);
       slide_filter(band, band.origin(i - n0), i, first, last, v0, v1, thread);
@@ -105,6 +110,22 @@ struct ExpandJob {
       }
       const TileInput in{call.in + window.in.origin + at, offsets, columns, call.n_channels, taps_of_point(), 1};
       tile_for(1, n1 - n0, smaller(kTileVectors, n_tile - v))(in, to, window.in.mask + at, expand.activation);
+    }
+  }
+
+  // The whole map, which has one band then.
+  void fill_packed(const Band& band, int n0, int n1) const {
+    alignas(64) float products[kMostFilters * kProductFloats];
+    memset(band.memory(), 0, Band::filter_floats(window.in, band.last() - band.first()) * (n1 - n0) * sizeof(float));
+    for (int tile = 0; tile < packed->n_tiles(); ++tile) {
+      packed->multiply(tile, n0, n1, products);
+      for (int i = n0; i < n1; ++i) {
+        TileOutput to{};
+        to.out = band.origin(i - n0);
+        to.bias = expand.bias[call.filters[i]];
+        finish_pixels(products + (i - n0) * kProductFloats, packed->first_pixel(tile), packed->n_pixels(tile),
+                      window.in, to, expand.activation);
+      }
     }
   }
 
@@ -144,23 +165,42 @@ struct ExpandJob {
   }
 };
 
+// Whether copying the input and the products costs less than computing on the borders does, which about a dozen
+// products per vector of pixels would do as well.
+static bool pays_to_pack(const Geometry& g, int n_channels) {
+  const int n_pixels = g.height * g.width, n_flat = divide_up(static_cast<int>(flat_size(g)), kLanes);
+  const int n_packed = n_pixels / kLanes + (n_rest_pixels(n_pixels, n_channels, n_channels) < n_pixels % kLanes);
+  return int64_t{n_flat - n_packed} * n_channels > 12 * int64_t{n_packed};
+}
+
 static void expand_and_slide(const Convolution& expand, const Window& window, const ConvolutionCall& call,
                              Scratch& scratch) {
   if (call.n_filters == 0) return;
   Taps taps = taps_of(window);
   const bool in_place = reads_in_place(window);
   in_place ? place_in_plane(taps, window.in) : place_in_phases(taps, window.out);
-  auto* offsets = reinterpret_cast<int64_t*>(scratch.lists.reserve(size_t(call.n_channels) * 3 + 1));
-  auto* columns = reinterpret_cast<int32_t*>(offsets + call.n_channels);
-  for (int i = 0; i < call.n_channels; ++i) {
-    offsets[i] = call.channels[i] * window.in.plane;
-    columns[i] = call.channels[i];
-  }
   const PixelSums sums(call, scratch);
-  const ExpandJob job{expand, window, call, sums, taps, in_place, offsets, columns, scratch};
-  parallel(call.n_threads, job.n_bands() * job.n_groups(), [&](int begin, int end, int thread) {
-    for (int i = begin; i < end; ++i) job.run(i, thread);
-  });
+  const auto run = [&](const ExpandJob& job) {
+    parallel(call.n_threads, job.n_bands() * job.n_groups(), [&](int begin, int end, int thread) {
+      for (int i = begin; i < end; ++i) job.run(i, thread);
+    });
+  };
+  ExpandJob job{expand, window, call, sums, taps, in_place, nullptr, nullptr, nullptr, scratch};
+  if (job.n_bands() == 1 && pays_to_pack(window.in, call.n_channels)) {
+    const PackedInput packed(expand, call, scratch);
+    job.packed = &packed;
+    run(job);
+  } else {
+    auto* offsets = reinterpret_cast<int64_t*>(scratch.lists.reserve(size_t(call.n_channels) * 3 + 1));
+    auto* columns = reinterpret_cast<int32_t*>(offsets + call.n_channels);
+    for (int i = 0; i < call.n_channels; ++i) {
+      offsets[i] = call.channels[i] * window.in.plane;
+      columns[i] = call.channels[i];
+    }
+    job.offsets = offsets;
+    job.columns = columns;
+    run(job);
+  }
   sums.finish();
 }
 

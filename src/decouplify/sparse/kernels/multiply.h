@@ -21,10 +21,14 @@ static void multiply(const float* x, const int32_t* columns, int n_channels, con
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[n][v] = Vec{};
   }
+  const float* const* turn = next_weights;
   for (int c = 0; c < n_channels; ++c, x += NV * kLanes) {
     const int64_t column = columns[c];
     // One row per channel: sixteen channels share a line, so each row has its turn.
-    if (AHEAD) __builtin_prefetch(next_weights[c % NB] + column, 0, 2);
+    if (AHEAD) {
+      __builtin_prefetch(*turn + column, 0, 2);
+      turn = turn + 1 < next_weights + NB ? turn + 1 : next_weights;
+    }
     Vec value[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);

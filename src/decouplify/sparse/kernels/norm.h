@@ -7,8 +7,6 @@ namespace decouplify::DECOUPLIFY_ISA {
 
 // A few vectors of pixels at a time, so that the three passes over their channels stay in the cache.
 struct LayerNorm {
-  static constexpr Activation kIdentity{ActivationKind::kClamp, -__builtin_inff(), __builtin_inff()};
-
   const Norm& norm;
   const ConvolutionCall& call;  // filters: all channels of the output
   const PixelSums& sums;
@@ -46,7 +44,7 @@ struct LayerNorm {
       for (int v = 0; v < NV; ++v) centred[v] *= norm.weight[c];
       const TileOutput to{nullptr, nullptr, call.out + c * norm.geometry.plane + at, nullptr, sums.of(thread, c),
                           norm.bias[c]};
-      finish_row<NV>(centred, to, norm.geometry.mask + position, kIdentity);
+      finish_row<NV>(centred, to, norm.geometry.mask + position, [](Vec x) { return x; });
     }
   }
 

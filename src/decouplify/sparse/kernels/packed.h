@@ -4,99 +4,105 @@
 // pixel more, whose value is a dot product along the filter's own weights.
 #pragma once
 
+#include "compact.h"
 #include "direct.h"
 #include "multiply.h"
 
 namespace decouplify::DECOUPLIFY_ISA {
 
-struct Packed {
-  const Convolution& conv;
-  const ConvolutionCall& call;
-  const PixelSums& sums;
-  Scratch& scratch;
-  Taps taps;
-  float* x;          // (tiles, rows, vectors of the tile)
-  float* rest;       // (remaining pixels, weights of a filter), zero where a channel does not exist
-  int32_t* columns;  // of each row, its place among the weights of a filter
+// Where the products of one filter and tile lie: whole vectors, the remaining pixels, and a vector that reads may touch.
+constexpr int kProductFloats = (kTileVectors + 2) * kLanes;
 
-  int n_rows() const { return call.n_channels * taps.n; }
-  int64_t n_weights() const { return int64_t{conv.n_channels} * taps.n; }
-  int n_pixels() const { return conv.out.height * conv.out.width; }
-  // Pixels beyond the last full vector, if they are few enough for dot products.
-  int n_rest() const { return n_pixels() % kLanes <= kLanes / 4 && n_pixels() > kLanes ? n_pixels() % kLanes : 0; }
-  int n_vectors() const { return divide_up(n_pixels() - n_rest(), kLanes); }
+// Pixels beyond the last full vector, if dot products are the better way to them.
+static int n_rest_pixels(int n_pixels, int n_rows, int64_t n_weights) {
+  constexpr int kAcross = 24;  // a sum across lanes takes as long as this many products
+  const int n = n_pixels % kLanes;
+  return n_pixels > kLanes && n * (n_weights / kLanes + kAcross) < n_rows ? n : 0;
+}
+
+// What a convolution reads of its inputs, as a matrix of rows (channel and tap) times pixels.
+class PackedInput {
+ public:
+  PackedInput(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch)
+      : conv_(conv), call_(call), scratch_(scratch), taps_(taps_of(conv)), in_place_(reads_in_place(conv)) {
+    if (in_place_) place_in_plane(taps_, conv.in);
+    n_rest_ = n_rest_pixels(n_pixels(), n_rows(), n_weights());
+    const int64_t n_packed = int64_t{n_rows()} * n_vectors() * kLanes;
+    x_ = scratch.gathered.reserve(n_packed + n_rest_ * n_weights());
+    rest_ = x_ + n_packed;
+    columns_ = reinterpret_cast<int32_t*>(scratch.lists.reserve(n_rows() + 1));
+    pack();
+  }
+
+  int n_pixels() const { return conv_.out.height * conv_.out.width; }
   int n_tiles() const { return divide_up(n_vectors(), kTileVectors); }
+  int filters_at_once() const { return DECOUPLIFY_ISA::filters_at_once(divide_up(n_vectors(), n_tiles())); }
+  int first_pixel(int tile) const { return tile_start(tile) * kLanes; }
+  int n_pixels(int tile) const {
+    return (tile + 1 == n_tiles() ? n_pixels() : first_pixel(tile + 1)) - first_pixel(tile);
+  }
+  const float* weights_of(int filter) const { return conv_.weight + filter * n_weights(); }
+
+  // The products of filters [n0, n1) of the call's list with one tile, kProductFloats apart.
+  void multiply(int tile, int n0, int n1, float* products) const {
+    const float *weights[kMostFilters], *next_weights[kMostFilters];
+    for (int i = n0; i < n1; ++i) {
+      const int next = i + n1 - n0;
+      weights[i - n0] = weights_of(call_.filters[i]);
+      next_weights[i - n0] = weights_of(call_.filters[next < call_.n_filters ? next : i]);
+    }
+    const int v0 = tile_start(tile), n = tile_start(tile + 1) - v0;
+    const float* inputs = x_ + int64_t{v0} * n_rows() * kLanes;
+    multiply_for<true>(n1 - n0, n)(inputs, columns_, n_rows(), weights, next_weights, products, kProductFloats);
+    if (n_rest_ == 0 || tile + 1 < n_tiles()) return;
+    for (int i = 0; i < n1 - n0; ++i) add_rest(weights[i], products + i * kProductFloats + n * kLanes);
+  }
+
+ private:
+  int n_rows() const { return call_.n_channels * taps_.n; }
+  int64_t n_weights() const { return int64_t{conv_.n_channels} * taps_.n; }
+  int n_vectors() const { return divide_up(n_pixels() - n_rest_, kLanes); }
   int tile_start(int tile) const { return part(n_vectors(), n_tiles(), tile); }
 
   void pack() const {
-    if (n_rest() > 0) memset(rest, 0, n_rest() * n_weights() * sizeof(float));
-    parallel(call.n_threads, call.n_channels, [&](int begin, int end, int thread) {
-      float* pixels = scratch.window[thread].reserve(n_pixels() + 4 * kLanes);
+    if (n_rest_ > 0) memset(rest_, 0, n_rest_ * n_weights() * sizeof(float));
+    parallel(call_.n_threads, call_.n_channels, [&](int begin, int end, int thread) {
+      float* pixels = scratch_.window[thread].reserve(n_pixels() + 4 * kLanes);
       for (int i = begin; i < end; ++i) {
-        for (int t = 0; t < taps.n; ++t) pack_row(call.channels[i], t, i * taps.n + t, pixels);
+        for (int t = 0; t < taps_.n; ++t) pack_row(call_.channels[i], t, i * taps_.n + t, pixels);
       }
     });
   }
 
   void pack_row(int channel, int tap, int row, float* pixels) const {
-    const Geometry &in = conv.in, &out = conv.out;
-    const float* plane = call.in + channel * in.plane + in.origin;
-    const int first_row = taps.rows.reach(tap / taps.columns.kernel);
-    const int first_column = taps.columns.reach(tap % taps.columns.kernel);
-    for (int y = 0; y < out.height; ++y) {
-      const int from = first_row + y * taps.rows.stride;
-      const bool exists = from >= 0 && from < in.height;
-      gather_row(exists ? plane + int64_t{from} * in.row : plane, exists ? in.width : 0, first_column,
-                 taps.columns.stride, pixels + y * out.width, out.width, 0.0f);
-    }
-    const int column = channel * taps.n + tap;
-    columns[row] = column;
-    for (int i = 0; i < n_rest(); ++i) rest[i * n_weights() + column] = pixels[n_pixels() - n_rest() + i];
+    const float* plane = call_.in + channel * conv_.in.plane + conv_.in.origin;
+    in_place_ ? compact(plane + taps_.offset[tap], conv_.out, pixels) : gather_pixels(plane, tap, pixels);
+    const int column = channel * taps_.n + tap;
+    columns_[row] = column;
+    for (int i = 0; i < n_rest_; ++i) rest_[i * n_weights() + column] = pixels[n_pixels() - n_rest_ + i];
     for (int tile = 0; tile < n_tiles(); ++tile) {
       const int v0 = tile_start(tile), n = tile_start(tile + 1) - v0;
-      float* to = x + (int64_t{v0} * n_rows() + int64_t{row} * n) * kLanes;
+      float* to = x_ + (int64_t{v0} * n_rows() + int64_t{row} * n) * kLanes;
       for (int v = 0; v < n; ++v) store(to + v * kLanes, load(pixels + (v0 + v) * kLanes));
     }
   }
 
-  void run() const {
-    const int n_groups = divide_up(call.n_filters, filters_at_once(divide_up(n_vectors(), n_tiles())));
-    const bool share_filters = n_tiles() < 2 * call.n_threads;
-    parallel(call.n_threads, share_filters ? n_groups : n_tiles(), [&](int begin, int end, int thread) {
-      // A tile of inputs stays in the cache while the weights pass by.
-      const int tile0 = share_filters ? 0 : begin, tile1 = share_filters ? n_tiles() : end;
-      const int group0 = share_filters ? begin : 0, group1 = share_filters ? end : n_groups;
-      for (int tile = tile0; tile < tile1; ++tile) {
-        for (int group = group0; group < group1; ++group) run_group(tile, group, n_groups, thread);
-      }
-    });
-  }
-
-  void run_group(int tile, int group, int n_groups, int thread) const {
-    const int n0 = part(call.n_filters, n_groups, group), n1 = part(call.n_filters, n_groups, group + 1);
-    const int v0 = tile_start(tile), n_vectors = tile_start(tile + 1) - v0;
-    alignas(64) float products[kMostFilters * (kTileVectors + 1) * kLanes];
-    const float *weights[kMostFilters], *next_weights[kMostFilters];
-    for (int i = n0; i < n1; ++i) {
-      weights[i - n0] = conv.weight + call.filters[i] * n_weights();
-      next_weights[i - n0] = conv.weight + call.filters[(i + n1 - n0) % call.n_filters] * n_weights();
-    }
-    const int64_t stride = (kTileVectors + 1) * kLanes;
-    const float* inputs = x + int64_t{v0} * n_rows() * kLanes;
-    multiply_for<true>(n1 - n0, n_vectors)(inputs, columns, n_rows(), weights, next_weights, products, stride);
-    const bool is_last = tile + 1 == n_tiles();
-    const int n = is_last ? n_pixels() - v0 * kLanes : n_vectors * kLanes;
-    for (int i = n0; i < n1; ++i) {
-      float* found = products + (i - n0) * stride;
-      if (is_last) add_rest(weights[i - n0], found + n_vectors * kLanes);
-      finish(found, v0 * kLanes, n, i, thread);
+  void gather_pixels(const float* plane, int tap, float* pixels) const {
+    const Geometry &in = conv_.in, &out = conv_.out;
+    const int first_row = taps_.rows.reach(tap / taps_.columns.kernel);
+    const int first_column = taps_.columns.reach(tap % taps_.columns.kernel);
+    for (int y = 0; y < out.height; ++y) {
+      const int from = first_row + y * taps_.rows.stride;
+      const bool exists = from >= 0 && from < in.height;
+      gather_row(exists ? plane + int64_t{from} * in.row : plane, exists ? in.width : 0, first_column,
+                 taps_.columns.stride, pixels + y * out.width, out.width, 0.0f);
     }
   }
 
   // The dot products of the remaining pixels.
   void add_rest(const float* weight, float* to) const {
-    for (int i = 0; i < n_rest(); ++i) {
-      const float* values = rest + i * n_weights();
+    for (int i = 0; i < n_rest_; ++i) {
+      const float* values = rest_ + i * n_weights();
       Vec total[4] = {};
       int64_t k = 0;
       for (; k + 4 * kLanes <= n_weights(); k += 4 * kLanes) {
@@ -109,38 +115,70 @@ struct Packed {
     }
   }
 
-  // Pixels [first, first + n) of one filter to their rows.
-  void finish(const float* values, int first, int n, int i, int thread) const {
-    const TileOutput to = output_of(conv, call, call.filters[i]);
-    Vec total{};
-    int y = first / conv.out.width, column = first % conv.out.width;
-    while (n > 0) {
-      const int length = smaller(n, conv.out.width - column);
-      const int64_t at = int64_t{y} * conv.out.row + column;
-      for (int k = 0; k < length; k += kLanes) {
-        Vec v = load(values + k) + to.bias;
-        if (to.residual != nullptr) v += load(to.residual + at + k);
-        v = activate(v, conv.activation);
-        total += keep(v, lanes_below(length - k));
-        store_first(to.out + at + k, v, length - k);
+  const Convolution& conv_;
+  const ConvolutionCall& call_;
+  Scratch& scratch_;
+  Taps taps_;
+  bool in_place_;
+  int n_rest_ = 0;
+  float* x_;            // (tiles, rows, vectors of the tile)
+  float* rest_;         // (remaining pixels, weights of a filter), zero where a channel does not exist
+  int32_t* columns_;    // of each row, its place among the weights of a filter
+};
+
+// Products of pixels [first, first + n) to the plane of one filter.
+DECOUPLIFY_INLINE void finish_pixels(const float* products, int first, int n, const Geometry& g, const TileOutput& to,
+                                     const Activation& activation) {
+  Vec total{};
+  with_activation(activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
+    for_each_pixel(g, first, n, [&](int64_t at, int index, Lanes lanes) DECOUPLIFY_INLINE_LAMBDA {
+      Vec v = spread(products + index, lanes) + to.bias;
+      if (to.residual != nullptr) v += load(to.residual + at);
+      v = keep_lanes(activate(v), lanes);
+      total += v;
+      store_lanes(to.out + at, v, lanes);
+    });
+  });
+  if (to.partial_sum != nullptr) store(to.partial_sum, load(to.partial_sum) + total);
+}
+
+struct PackedJob {
+  const Convolution& conv;
+  const ConvolutionCall& call;
+  const PixelSums& sums;
+  const PackedInput& input;
+
+  void run() const {
+    const int n_groups = divide_up(call.n_filters, input.filters_at_once()), n_tiles = input.n_tiles();
+    const bool share_filters = n_tiles < 2 * call.n_threads;
+    parallel(call.n_threads, share_filters ? n_groups : n_tiles, [&](int begin, int end, int thread) {
+      // A tile of inputs stays in the cache while the weights pass by.
+      const int tile0 = share_filters ? 0 : begin, tile1 = share_filters ? n_tiles : end;
+      const int group0 = share_filters ? begin : 0, group1 = share_filters ? end : n_groups;
+      for (int tile = tile0; tile < tile1; ++tile) {
+        for (int group = group0; group < group1; ++group) {
+          run_group(tile, part(call.n_filters, n_groups, group), part(call.n_filters, n_groups, group + 1), thread);
+        }
       }
-      values += length, n -= length, column = 0, ++y;
+    });
+  }
+
+  void run_group(int tile, int n0, int n1, int thread) const {
+    alignas(64) float products[kMostFilters * kProductFloats];
+    input.multiply(tile, n0, n1, products);
+    for (int i = n0; i < n1; ++i) {
+      TileOutput to = output_of(conv, call, call.filters[i]);
+      to.partial_sum = sums.of(thread, i);
+      finish_pixels(products + (i - n0) * kProductFloats, input.first_pixel(tile), input.n_pixels(tile), conv.out, to,
+                    conv.activation);
     }
-    float* partial = sums.of(thread, i);
-    if (partial != nullptr) store(partial, load(partial) + total);
   }
 };
 
 static void convolve_packed(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
   const PixelSums sums(call, scratch);
-  Packed packed{conv, call, sums, scratch, taps_of(conv), nullptr, nullptr, nullptr};
-  const int64_t n_rows = packed.n_rows();
-  const int64_t n_packed = n_rows * packed.n_vectors() * kLanes, n_rest = packed.n_rest() * packed.n_weights();
-  packed.x = scratch.gathered.reserve(n_packed + n_rest);
-  packed.rest = packed.x + n_packed;
-  packed.columns = reinterpret_cast<int32_t*>(scratch.lists.reserve(n_rows));
-  packed.pack();
-  packed.run();
+  const PackedInput input(conv, call, scratch);
+  PackedJob{conv, call, sums, input}.run();
   sums.finish();
 }
 

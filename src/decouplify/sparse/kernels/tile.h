@@ -26,16 +26,34 @@ DECOUPLIFY_INLINE Vec erf_of(Vec x) {
   return x < Vec{} ? -y : y;
 }
 
-DECOUPLIFY_INLINE Vec activate(Vec x, const Activation& activation) {
+// Never inlined: next to these functions a call is cheap, and every tile would hold a copy of all of them.
+__attribute__((noinline)) static Vec activate_other(Vec x, const Activation& activation) {
   switch (activation.kind) {
     case ActivationKind::kSilu: return x * sigmoid(x);
-    case ActivationKind::kHardswish: return x * at_most(at_least(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+    case ActivationKind::kHardswish: return x * at_most(at_least(x + 3.0f, Vec{}), splat(6.0f)) * (1.0f / 6.0f);
     case ActivationKind::kGelu: return x * 0.5f * (erf_of(x * 0.70710678f) + 1.0f);
     case ActivationKind::kSigmoid: return sigmoid(x);
     case ActivationKind::kLeaky: return x < Vec{} ? x * activation.low : x;
     case ActivationKind::kClamp: break;
   }
-  return at_most(at_least(x, activation.low), activation.high);
+  return x;
+}
+
+// Calls f(activate) with a function of one vector. A clamp's bounds stay in registers, which loads between stores that
+// the compiler must take for changes of the bounds would not.
+template <class F>
+DECOUPLIFY_INLINE void with_activation(const Activation& activation, F&& f) {
+  if (activation.kind == ActivationKind::kClamp) {
+    const Vec low = splat(activation.low), high = splat(activation.high);
+    f([=](Vec x) DECOUPLIFY_INLINE_LAMBDA { return at_most(at_least(x, low), high); });
+  } else {
+    f([&](Vec x) DECOUPLIFY_INLINE_LAMBDA { return activate_other(x, activation); });
+  }
+}
+
+DECOUPLIFY_INLINE Vec activate(Vec x, const Activation& activation) {
+  if (activation.kind != ActivationKind::kClamp) return activate_other(x, activation);
+  return at_most(at_least(x, splat(activation.low)), splat(activation.high));
 }
 
 // The positions of one tile, for all channels: x + channel[c] + tap[t] is the first input it needs.
@@ -59,15 +77,15 @@ struct TileOutput {
 };
 
 // out = activation(acc + bias + residual) on pixels and zero on border positions.
-template <int NV>
+template <int NV, class Activate>
 DECOUPLIFY_INLINE void finish_row(const Vec (&acc)[NV], const TileOutput& to, const int32_t* mask,
-                                  const Activation& activation) {
+                                  const Activate& activate) {
   Vec total{};
 #pragma GCC unroll 8
   for (int v = 0; v < NV; ++v) {
     Vec y = acc[v] + to.bias;
     if (to.residual != nullptr) y += load(to.residual + v * kLanes);
-    y = keep(activate(y, activation), (Mask)load(reinterpret_cast<const float*>(mask) + v * kLanes));
+    y = keep(activate(y), (Mask)load(reinterpret_cast<const float*>(mask) + v * kLanes));
     total += y;
     store(to.out + v * kLanes, y);
   }
@@ -86,25 +104,32 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
     for (int v = 0; v < NV; ++v) acc[n][v] = Vec{};
   }
   // Outputs are rarely in the cache; with few channels the sums are done before a line has come.
-  if (TAPS == 1) {
+  if (TAPS == 1 || in.n_channels < 4) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) __builtin_prefetch((to[n].residual ? to[n].residual : to[n].out) + v * kLanes, 1);
     }
   }
-  const int n_taps = TAPS > 0 ? TAPS : in.n_taps;
-  for (int c = 0; c < in.n_channels; ++c) {
-    const float* x0 = in.x + in.channel[c];
-    const int64_t column = in.column[c];
+  const int n_taps = TAPS > 0 ? TAPS : in.n_taps, n_channels = in.n_channels;
+  const float* first = in.x;
+  const int64_t* channel = in.channel;
+  const int32_t* columns = in.column;
+  const TileOutput* turn = to;
+  for (int c = 0; c < n_channels; ++c) {
+    const float* x0 = first + channel[c];
+    const int64_t column = columns[c];
     if (TAPS == 9) {
       // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
-      const int64_t ahead = in.column[c + 1 < in.n_channels ? c + 1 : c];
+      const int64_t ahead = columns[c + 1 < n_channels ? c + 1 : c];
 #pragma GCC unroll 8
       for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + ahead);
     }
     // One row per channel: sixteen channels share a line, so each row has its turn.
-    if (TAPS == 1) __builtin_prefetch(to[c % NB].next_weight + column, 0, 2);
+    if (TAPS == 1) {
+      __builtin_prefetch(turn->next_weight + column, 0, 2);
+      turn = turn + 1 < to + NB ? turn + 1 : to;
+    }
 #pragma GCC unroll 9
     for (int t = 0; t < n_taps; ++t) {
       const float* x = x0 + in.tap[t];
@@ -119,8 +144,10 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
       }
     }
   }
+  with_activation(activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
 #pragma GCC unroll 8
-  for (int n = 0; n < NB; ++n) finish_row<NV>(acc[n], to[n], mask, activation);
+    for (int n = 0; n < NB; ++n) finish_row<NV>(acc[n], to[n], mask, activate);
+  });
 }
 
 using TileFunction = void (*)(const TileInput&, const TileOutput*, const int32_t*, const Activation&);

@@ -40,7 +40,9 @@ DECOUPLIFY_INLINE void slide_and_finish(const WindowInput& in, const Window& win
   Vec acc[NV];
   slide_tile<KIND, NV>(in, window, at, acc);
   to.out += at;
-  finish_row<NV>(acc, to, window.out.mask + at, window.activation);
+  with_activation(window.activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
+    finish_row<NV>(acc, to, window.out.mask + at, activate);
+  });
 }
 
 template <WindowKind KIND>

@@ -1,0 +1,73 @@
+// Pixels of a plane side by side, without the borders between rows, and back.
+#pragma once
+
+#include "gather.h"
+
+namespace decouplify::DECOUPLIFY_ISA {
+
+#if defined(__AVX512F__)
+
+// Which lanes of a vector of flat positions are pixels.
+using Lanes = __mmask16;
+
+DECOUPLIFY_INLINE int count(Lanes lanes) { return __builtin_popcount(lanes); }
+// The next values, one for each of these lanes; the others are zero.
+DECOUPLIFY_INLINE Vec spread(const float* values, Lanes lanes) {
+  return (Vec)_mm512_maskz_expand_ps(lanes, (__m512)load(values));
+}
+DECOUPLIFY_INLINE Vec keep_lanes(Vec v, Lanes lanes) { return (Vec)_mm512_maskz_mov_ps(lanes, (__m512)v); }
+DECOUPLIFY_INLINE void store_lanes(float* p, Vec v, Lanes lanes) { _mm512_mask_storeu_ps(p, lanes, (__m512)v); }
+
+// The pixels among the positions from `at` on, the first n of them.
+DECOUPLIFY_INLINE Lanes lanes_at(const Geometry& g, int64_t at, int n) {
+  const auto pixels = static_cast<uint32_t>(_mm512_movepi32_mask((__m512i)load(reinterpret_cast<const float*>(g.mask) + at)));
+  return static_cast<Lanes>(n >= kLanes ? pixels : _pdep_u32((1u << n) - 1, pixels));
+}
+
+// The pixels of a plane, whose first one is *plane; also of one shifted by a tap, where borders serve as padding.
+// Writes up to a vector more.
+DECOUPLIFY_INLINE void compact(const float* plane, const Geometry& g, float* to) {
+  const int64_t n = int64_t{g.height - 1} * g.row + g.width;
+  for (int64_t at = 0; at < n; at += kLanes) {
+    const Lanes lanes = lanes_at(g, at, kLanes);
+    store(to, (Vec)_mm512_maskz_compress_ps(lanes, (__m512)load(plane + at)));
+    to += count(lanes);
+  }
+}
+
+#else
+
+// How many lanes from the first one on are pixels: here a vector stays within its row.
+struct Lanes {
+  int n;
+};
+
+DECOUPLIFY_INLINE int count(Lanes lanes) { return lanes.n; }
+DECOUPLIFY_INLINE Vec spread(const float* values, Lanes) { return load(values); }
+DECOUPLIFY_INLINE Vec keep_lanes(Vec v, Lanes lanes) { return keep(v, lanes_below(lanes.n)); }
+DECOUPLIFY_INLINE void store_lanes(float* p, Vec v, Lanes lanes) { store_first(p, v, lanes.n); }
+
+DECOUPLIFY_INLINE Lanes lanes_at(const Geometry& g, int64_t at, int n) {
+  return {smaller(smaller(n, kLanes), g.width - static_cast<int>(at % g.row))};
+}
+
+DECOUPLIFY_INLINE void compact(const float* plane, const Geometry& g, float* to) {
+  for (int y = 0; y < g.height; ++y) gather_row(plane + int64_t{y} * g.row, g.width, 0, 1, to + y * g.width, g.width, 0);
+}
+
+#endif
+
+// Calls f(position, index, lanes) until pixels [first, first + n) were met: `index` counts them, and the lanes say where
+// the next few lie from `position` on.
+template <class F>
+DECOUPLIFY_INLINE void for_each_pixel(const Geometry& g, int first, int n, F&& f) {
+  for (int i = 0; i < n;) {
+    const int pixel = first + i;
+    const int64_t at = int64_t{pixel / g.width} * g.row + pixel % g.width;
+    const Lanes lanes = lanes_at(g, at, n - i);
+    f(at, i, lanes);
+    i += count(lanes);
+  }
+}
+
+}  // namespace decouplify::DECOUPLIFY_ISA
