@@ -83,11 +83,12 @@ class ArchitectureController(nn.Module):
         self.input_axis = input_axis
         self.norm = nn.BatchNorm1d(n_inputs, affine=False) if input_norm else None
         self.fc1 = nn.Linear(n_inputs, hidden)
-        self.fc2 = nn.Linear(hidden, n_filters)
-        with torch.no_grad():
-            self.fc2.bias.fill_(bias)
-            if bias > 0:
-                self.fc2.weight.zero_()
+        if bias > 0:  # in the largest networks random numbers that zeros replace cost seconds
+            self.fc2 = nn.utils.skip_init(nn.Linear, hidden, n_filters)
+            nn.init.zeros_(self.fc2.weight)
+        else:
+            self.fc2 = nn.Linear(hidden, n_filters)
+        nn.init.constant_(self.fc2.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits g, shape (N, K), float32.
