@@ -353,3 +353,17 @@ def test_convolutions_that_differ_in_dilation_alone_are_computed_each_in_its_way
         for d in (1, 2)
     )
     assert tuning._key(plain) != tuning._key(dilated)
+
+
+def test_a_mean_over_the_positions_of_channels_last_is_not_taken_for_one_over_the_last_two() -> None:
+    class ChannelsLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(self.stem(x).relu()).relu().permute(0, 2, 3, 1)
+            return self.head(torch.cumsum(y, 1).mean((1, 2)))  # no step of the engine, so torch computes the sums
+
+    model = decouplify.wrap(ChannelsLast(), (3, 8, 8)).eval()
+    decouplify.verify(model, decouplify.sparsify(model), torch.randn(1, 3, 8, 8))
