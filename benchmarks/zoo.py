@@ -9,6 +9,9 @@ what not, and why. Then, the smallest networks first, its numbers:
 - train mode with gates forced open: outputs and parameter gradients equal the original's
 - unwrapped: keys, hooks, modes and outputs as before
 
+Networks that are built for one image size are built for a small one, where that has the same sites. Of heavy networks
+one image is compared instead of two, and no training step.
+
 $ python benchmarks/zoo.py --results docs/results/zoo.jsonl            # resumes; one line per network
 $ python benchmarks/zoo.py --results docs/results/zoo.jsonl --jobs 16 --deadline 420 --timeout 120
 $ python benchmarks/zoo.py --results docs/results/zoo.jsonl --report docs/coverage.md
@@ -34,7 +37,7 @@ from typing import Any
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 
 import torch
-from zoo_checks import check_numbers, check_plan
+from zoo_checks import check_numbers, check_plan, check_smaller_build, may_be_built_smaller
 from zoo_networks import all_networks, versions
 from zoo_page import page, summary
 
@@ -55,6 +58,8 @@ def main() -> None:
     sweep.run([plan_task(name) for name in names if needs_plan(rows.get(name), args.retry)])
     if not args.plans_only:
         mine = [rows[name] for name in names if name in rows]
+        sweep.run([smaller_build_task(row) for row in mine if is_open(row, args.retry) and may_be_built_smaller(row)])
+        mine = [rows[name] for name in names if name in rows]
         sweep.run(sorted(numbers_tasks(mine, args), key=lambda task: task.cost))
     write(args.results, rows)
 
@@ -69,7 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--deadline", type=float, default=float("inf"), help="start no network after so many seconds")
     add("--timeout", type=int, default=300, help="seconds for one network")
     add("--memory", type=float, default=0.8 * free_memory(), help="GiB that all networks at a time may need")
-    add("--max-gmacs", type=float, default=12.0, help="networks above this, on the smallest image, are planned only")
+    add("--max-gmacs", type=float, default=120.0, help="networks above this, on the smallest image, are planned only")
+    add("--light-from", type=float, default=5.0, help="cost (see ``cost_of``) above which no training step is compared")
     add("--plans-only", action="store_true", help="compare no numbers")
     add("--retry", action="store_true", help="run again what failed or was planned only")
     add("--report", type=Path, help="write the page instead of running anything")
@@ -106,20 +112,36 @@ def needs_plan(row: Row | None, retry: bool) -> bool:
     return row is None or ("checked" not in row and retry)
 
 
+def smaller_build_task(row: Row) -> Task:
+    return Task(row["name"], lambda: check_smaller_build(row["name"], row), memory=1.0)
+
+
+def is_open(row: Row, retry: bool) -> bool:
+    """Whether the numbers of a network are still to be compared."""
+    checked = str(row.get("checked"))
+    return (checked == "pending" and (retry or "error" not in row)) or (retry and checked.startswith("plan only"))
+
+
 def numbers_tasks(rows: Iterable[Row], args: argparse.Namespace) -> Iterable[Task]:
     """Networks of which numbers can be compared; those that are too big are marked as such."""
     for row in rows:
-        is_open = row.get("checked") == "pending" and (args.retry or "error" not in row)
-        if not is_open and not (args.retry and str(row.get("checked")).startswith("plan only")):
+        if not is_open(row, args.retry):
             continue
-        memory = 1.5 + 36 * row["n_params"] / GIB  # weights, gradients, controllers, sparse copy, features
+        cost = cost_of(row)
+        light = cost > args.light_from
+        # Weights, folded weights, packed weights; else also gradients, controllers, a snapshot.
+        memory = 1.5 + (14 if light else 36) * row["n_params"] / GIB
         if row["gmacs_checked"] > args.max_gmacs:
             row["checked"] = f"plan only: {row['gmacs_checked']:.0f} GMACs on {row['size'][-1]} pixels"
         elif memory > args.memory:
             row["checked"] = f"plan only: needs about {memory:.0f} GiB"
         else:
-            cost = row["gmacs_checked"] + row["n_params"] / 1e8 + row["sites"] / 100
-            yield Task(row["name"], lambda row=row: check_numbers(row["name"], row), memory, cost)
+            yield Task(row["name"], lambda row=row, light=light: check_numbers(row["name"], row, light), memory, cost)
+
+
+def cost_of(row: Row) -> float:
+    """What it costs to compare the numbers of a network, in GMACs."""
+    return float(row["gmacs_checked"] + row["n_params"] / 5e7 + row["sites"] / 100)
 
 
 class Sweep:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,11 @@ import decouplify
 from decouplify.errors import PlanError
 from decouplify.modes import eval_mode
 
-__all__ = ["check_numbers", "check_plan"]
+__all__ = ["check_numbers", "check_plan", "check_smaller_build", "may_be_built_smaller"]
 
 SMALL = 96  # pixels; networks that cannot run on so small an image get their own size
 SMALL_FROM_GMACS = 0.2  # below this a network runs on its own size
+SMALLER_BUILDS = (96, 128, 160, 192, 224, 256)  # pixels, for networks that are built for one size
 
 BORDERLINE = 1e-5  # relative error of the sparse form in float32 above which float64 decides
 
@@ -95,43 +98,94 @@ def _on_small_image(model: nn.Module, plan: decouplify.Plan) -> decouplify.Plan:
     return small if [s.name for s in small.sites] == [s.name for s in plan.sites] else plan
 
 
-def check_numbers(name: str, planned: Row) -> Row:
-    """Compare the original, wrapped, sparse and unwrapped network, all with random weights."""
+def may_be_built_smaller(row: Row) -> bool:
+    """Whether a network took no small image, and nobody has asked its constructor for a small size yet."""
+    took_none = row.get("gmacs_checked", 0.0) > max(SMALL_FROM_GMACS, 0.9 * row.get("gmacs", 0.0))
+    return took_none and "built_for" not in row and row["device"] == "meta"
+
+
+def check_smaller_build(name: str, planned: Row) -> Row:
+    """The smallest images on which a network runs the same sites, built for them or (``built_for`` None) as it is."""
+    for side in SMALLER_BUILDS:
+        for built_for in (side, None):
+            size = (*planned["own_size"][:-2], side, side)
+            if side < planned["own_size"][-1] and (n_macs := _macs_if_same_sites(name, planned, size, built_for)):
+                return {"built_for": built_for, "size": list(size), "gmacs_checked": round(n_macs / 1e9, 3)}
+    return {"built_for": None}
+
+
+def _macs_if_same_sites(name: str, planned: Row, size: tuple[int, ...], built_for: int | None) -> int | None:
+    """None if a network cannot be built so or does not run on the size, has other sites there, or nothing is saved."""
+    try:
+        with torch.device("meta"):
+            model = build(name, built_for).eval()
+        plan = decouplify.inspect(model, size, linear_as_conv=planned["linear_as_conv"])
+    except Exception:  # whatever a constructor or a forward raises when windows or grids do not fit
+        return None
+    found = (len(plan.sites), len(plan.gates), Counter(r.reason for r in plan.refused))
+    same = found == (planned["sites"], planned["gates"], Counter(planned["refused"]))
+    return plan.n_macs if same and plan.n_macs < 0.9e9 * planned["gmacs"] else None
+
+
+def check_numbers(name: str, planned: Row, light: bool = False) -> Row:
+    """Compare the original, wrapped, sparse and unwrapped network, all with random weights.
+
+    Args:
+        name: The network.
+        planned: Its row.
+        light: Compare one image instead of two and no training step, and keep memory small.
+    """
     start = time.monotonic()
     torch.manual_seed(0)
     size = tuple(planned["size"])
-    images = torch.randn(2, *size)
-    model = calmed(randomised(build(name)).eval(), images)
+    images = torch.randn(1 if light else 2, *size)
+    model = calmed(randomised(build(name, planned.get("built_for"))).eval(), images)
     keys, state, before = list(model.state_dict()), module_state(model), outputs(model, images)
-    reference = training_step(model, images)
-    # wrap itself compares bits and looks for zeros where they are predicted; check_wrapped repeats the first on these.
-    decouplify.wrap(model, size, linear_as_conv=planned["linear_as_conv"])
+    reference = None if light else training_step(model, images)
+    wrap = {"linear_as_conv": planned["linear_as_conv"], "reduction": 16 if light else 4}
+    # wrap itself compares bits and looks for zeros where they are predicted; what follows repeats the first on these.
+    decouplify.wrap(model, size, **wrap)
     row: Row = {
         "same_plan": len(model.decoupling.plan.sites) == planned["sites"],
         "eval_bitwise": same(before, outputs(model, images)),
         "keys_kept": [k for k in model.state_dict() if not k.startswith("decoupling.")] == keys,
     }
-    with model.decoupling.forced({g.name: torch.ones(g.n_filters) for g in model.decoupling.plan.gates}):
-        row["train_equal"] = close(reference, training_step(model, images))
-    row |= check_sparse(model, images)
+    if not light:
+        with model.decoupling.forced({g.name: torch.ones(g.n_filters) for g in model.decoupling.plan.gates}):
+            row["train_equal"] = close(reference, training_step(model, images))
+    row |= check_sparse(model, images, light)
     decouplify.unwrap(model)
     row["unwrap_identical"] = module_state(model) == state and same(before, outputs(model, images))
-    return {**row, "checked": "numbers", "seconds": round(time.monotonic() - start, 1)}
+    if row["sparse_error"] > BORDERLINE:
+        decouplify.wrap(model.double(), size, verify=False, **wrap)
+        row["sparse_error_float64"] = check_sparse(model, images.double(), light)["sparse_error"]
+    checked = "numbers, no training step" if light else "numbers"
+    return {**row, "checked": checked, "seconds": round(time.monotonic() - start, 1)}
 
 
-def check_sparse(model: nn.Module, images: Tensor) -> Row:
-    """Masked against sparse form with random gates; again in float64 where rounding may be what differs."""
+def check_sparse(model: nn.Module, images: Tensor, light: bool) -> Row:
+    """Masked against sparse form with random gates, the largest relative difference of any gated value or output.
+
+    Raises:
+        VerificationError: If a gate differs that is not borderline.
+    """
     randomise_gates(model)
     row: Row = {"mac_reduction_random_gates": round(decouplify.count_macs(model, images).reduction, 3)}
-    row["sparse_error"] = sparse_error(model, images)
-    if row["sparse_error"] > BORDERLINE:
-        row["sparse_error_float64"] = sparse_error(copy.deepcopy(model).double(), images.double())
-    return row
+    with weights_shared() if light else nullcontext():
+        fast = decouplify.sparsify(model)
+    return {**row, "sparse_error": decouplify.verify(model, fast, images[:1], rtol=float("inf")).max_error}
 
 
-def sparse_error(model: nn.Module, images: Tensor) -> float:
-    """Largest relative difference of any gated value or output; raises where a gate differs that is not borderline."""
-    return decouplify.verify(model, decouplify.sparsify(model), images[:1], rtol=float("inf")).max_error
+@contextmanager
+def weights_shared() -> Iterator[None]:
+    """While it lasts, ``sparsify`` takes no snapshot: nothing trains here, and the largest weights fit only once."""
+
+    def share(tensor: Tensor) -> Tensor:
+        shared = tensor.detach()
+        return nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
+
+    with mock.patch("decouplify.sparse.model._to_cpu", share):
+        yield
 
 
 def randomised(model: nn.Module) -> nn.Module:

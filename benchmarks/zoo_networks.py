@@ -44,15 +44,24 @@ def versions() -> dict[str, str]:
     return {package.__name__: package.__version__.split("+")[0] for package in (torch, torchvision, timm)}
 
 
-def build(name: str) -> nn.Module:
-    """A network with random weights; nothing is downloaded."""
+def build(name: str, built_for: int | None = None) -> nn.Module:
+    """A network with random weights; nothing is downloaded.
+
+    Args:
+        name: See ``all_networks``.
+        built_for: Side in pixels of the images, for constructors that ask for it; None for their own default.
+
+    Raises:
+        TypeError: If the constructor does not ask for it.
+    """
     registry, _, path = name.partition(":")
     if registry == "timm":
-        return timm.create_model(path, pretrained=False)
+        return timm.create_model(path, pretrained=False, img_size=built_for)  # timm passes on what is not None
     model, _, part = path.partition(".")
+    side = {} if built_for is None else {"input_size": (built_for, built_for)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old signatures of quantization and of weight initialisation
-        whole = vision.get_model(model, weights=None, **_options(model))
+        whole = vision.get_model(model, weights=None, **_options(model), **side)
     return whole.get_submodule(part)
 
 

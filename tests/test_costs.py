@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -138,6 +140,24 @@ def test_the_gradient_is_what_opening_a_gate_would_add(name: str) -> None:
         opened, closed = path.detach().clone(), path.detach().clone()
         opened[0, column], closed[0, column] = 1, 0
         assert gradient[column] == costs.executed(opened) - costs.executed(closed)
+
+
+@pytest.mark.parametrize("name", ["Plain", "SharedRelu", "PreActivation"])
+def test_counting_in_inference_mode_leaves_training_possible(name: str) -> None:
+    model = TOYS[name].wrapped(verify=False)
+    paths = random_paths(model)
+    with torch.inference_mode():
+        expected = model.decoupling.costs.executed(paths)
+    found = model.decoupling.costs.executed(paths.requires_grad_())
+    found.sum().backward()
+    assert torch.equal(found, expected)
+
+
+def test_copies_of_a_wrapped_model_share_its_costs_and_plan() -> None:
+    model = TOYS["Plain"].wrapped(verify=False)
+    other = copy.deepcopy(model).decoupling
+    assert other.plan is model.decoupling.plan
+    assert other.costs is model.decoupling.costs
 
 
 def test_counting_no_images_gives_no_counts() -> None:

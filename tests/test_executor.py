@@ -386,3 +386,17 @@ def test_zeros_for_one_convolution_are_not_copied(twice: bool) -> None:
     assert decouplify.verify(model, fast, random_images(3)).max_error <= 1e-5
     images = random_images(3)
     assert torch.allclose(run(fast, images)[0], run(model, images)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_over_the_positions_of_channels_last_is_not_taken_for_one_over_the_last_two() -> None:
+    class ChannelsLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(self.stem(x).relu()).relu().permute(0, 2, 3, 1)
+            return self.head(torch.cumsum(y, 1).mean((1, 2)))  # no step of the engine, so torch computes the sums
+
+    model = decouplify.wrap(ChannelsLast(), (3, 8, 8)).eval()
+    decouplify.verify(model, decouplify.sparsify(model), torch.randn(1, 3, 8, 8))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ArchitectureController", "binarise", "improved_semhash"]
+__all__ = ["ArchitectureController", "binarise", "improved_semhash", "pooled"]
 
 
 def improved_semhash(g: Tensor, noise: float | Tensor = 1.0) -> Tensor:
@@ -47,6 +47,18 @@ def binarise(g: Tensor) -> Tensor:
     return torch.where(g.isnan(), g, (g > 0).to(g.dtype))
 
 
+def pooled(x: Tensor, axis: int) -> Tensor:
+    """Mean over all positions, shape (N, C), float32.
+
+    Args:
+        x: Shape (N, C, H, W), or (N, H, W, C).
+        axis: Its channel axis, 1 or -1.
+    """
+    dims = (2, 3) if axis == 1 else (1, 2)
+    # Not ``mean``, which is the same bits, but whose gradient divides at every position instead of once per channel.
+    return x.sum(dim=dims, dtype=torch.float32) / (x.shape[dims[0]] * x.shape[dims[1]])
+
+
 class ArchitectureController(nn.Module):
     """Pools a convolution's input and decides about its filters, ``g = W2 relu(W1 s) + b`` (Eq. 2).
 
@@ -71,11 +83,12 @@ class ArchitectureController(nn.Module):
         self.input_axis = input_axis
         self.norm = nn.BatchNorm1d(n_inputs, affine=False) if input_norm else None
         self.fc1 = nn.Linear(n_inputs, hidden)
-        self.fc2 = nn.Linear(hidden, n_filters)
-        with torch.no_grad():
-            self.fc2.bias.fill_(bias)
-            if bias > 0:
-                self.fc2.weight.zero_()
+        if bias > 0:  # in the largest networks random numbers that zeros replace cost seconds
+            self.fc2 = nn.utils.skip_init(nn.Linear, hidden, n_filters)
+            nn.init.zeros_(self.fc2.weight)
+        else:
+            self.fc2 = nn.Linear(hidden, n_filters)
+        nn.init.constant_(self.fc2.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits g, shape (N, K), float32.
@@ -84,7 +97,7 @@ class ArchitectureController(nn.Module):
             x: The convolution's input, shape (N, C, H, W), or (N, H, W, C) if ``input_axis`` is -1.
         """
         with torch.autocast(x.device.type, enabled=False):
-            s = x.mean(dim=(2, 3) if self.input_axis == 1 else (1, 2), dtype=torch.float32)
+            s = pooled(x, self.input_axis)
             s = s if self.norm is None else self._normalise(s)
             hidden = torch.relu(F.linear(s, self.fc1.weight.float(), self.fc1.bias.float()))
             return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float())

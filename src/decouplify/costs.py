@@ -11,8 +11,10 @@ depend on the image, such as an embedding of positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +61,7 @@ class Reader:
     constant: tuple[GateSet, ...]
     gate: str | None
 
-    @property
+    @cached_property
     def read(self) -> tuple[GateSet, ...]:
         """For each input channel the gates that must all be closed for it not to be read."""
         return tuple(z if z is not None else c for z, c in zip(self.exists, self.constant, strict=True))
@@ -69,7 +71,7 @@ class Reader:
         """Multiply-accumulates with all filters and all channels."""
         return self.n_positions * self.n_outputs * self.n_inputs // self.groups
 
-    @property
+    @cached_property
     def is_bilinear(self) -> bool:
         """Whether its MACs are a product of two sums of gates.
 
@@ -164,8 +166,12 @@ def index_matrix(sets: Sequence[GateSet], columns: Sequence[int]) -> Tensor:
         Positions in ``columns``, int64, shape (C, M) with M the size of the largest set, at least 1.
     """
     position = {column: i for i, column in enumerate(columns)}
-    never, always = len(position), len(position) + 1
-    rows = [[always] if s is None else [position[column] for column in sorted(s)] for s in sets]
+    return _index_matrix(sets, position.__getitem__, len(position))
+
+
+def _index_matrix(sets: Sequence[GateSet], position: Callable[[int], int], n_columns: int) -> Tensor:
+    never, always = n_columns, n_columns + 1
+    rows = [[always] if s is None else [position(column) for column in sorted(s)] for s in sets]
     width = max(1, *(len(row) for row in rows))
     return torch.tensor([row + [never] * (width - len(row)) for row in rows])
 
@@ -187,6 +193,9 @@ class CostModel:
         self._n_filters = plan.n_filters
         self._index: dict[tuple[int, torch.device], Tensor | None] = {}
         self._factors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CostModel:
+        return self  # it never changes, and to copy millions of gate sets takes seconds
 
     @classmethod
     def of(cls, trace: Trace, matching: Matching) -> CostModel:
@@ -221,17 +230,24 @@ class CostModel:
         """
         key = (gates.device, gates.dtype)
         if key not in self._factors:
-            readers = [reader for reader in self.readers if reader.is_bilinear]
-            filters, channels = torch.zeros(2, self._n_filters + 1, len(readers), dtype=torch.float64).unbind()
-            for r, reader in enumerate(readers):
-                for k in range(reader.n_outputs):
-                    filters[self._n_filters if reader.gate is None else self._columns[reader.gate][k], r] += 1
-                for exists in reader.exists:
-                    for column in (self._n_filters,) if exists is None else exists:
-                        channels[column, r] += 1
-            n_positions = torch.tensor([reader.n_positions for reader in readers], dtype=torch.float64)
-            self._factors[key] = filters.to(gates), channels.to(gates), n_positions.to(gates)
+            with torch.inference_mode(False):  # a later training step, too, will use what is kept
+                filters, channels, n_positions = self._new_bilinear_factors()
+                self._factors[key] = filters.to(gates), channels.to(gates), n_positions.to(gates)
         return self._factors[key]
+
+    def _new_bilinear_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        readers = [reader for reader in self.readers if reader.is_bilinear]
+        filters, channels = torch.zeros(2, self._n_filters + 1, len(readers), dtype=torch.float64).unbind()
+        for r, reader in enumerate(readers):
+            if reader.gate is None:
+                filters[self._n_filters, r] = reader.n_outputs
+            else:
+                columns = self._columns[reader.gate]
+                filters[columns.start : columns.stop, r] = 1
+            deciding = [c for s in reader.exists for c in ((self._n_filters,) if s is None else s)]
+            channels[:, r] = torch.bincount(torch.tensor(deciding, dtype=torch.int64), minlength=len(channels))
+        n_positions = torch.tensor([reader.n_positions for reader in readers], dtype=torch.float64)
+        return filters, channels, n_positions
 
     def of_reader(self, i: int, gates: Tensor) -> Tensor:
         """Executed multiply-accumulates of one reader, shape (N,)."""
@@ -263,9 +279,11 @@ class CostModel:
         """Index matrix of a reader's input channels for ``channels_exist``; None if every channel is always read."""
         key = (i, device)
         if key not in self._index:
-            sets = self.readers[i].read
-            everything = range(self._n_filters)
-            self._index[key] = None if all(s is None for s in sets) else index_matrix(sets, everything).to(device)
+            sets, known = self.readers[i].read, None
+            if any(s is not None for s in sets):
+                with torch.inference_mode(False):  # a later training step, too, will use what is kept
+                    known = _index_matrix(sets, lambda column: column, self._n_filters).to(device)
+            self._index[key] = known
         return self._index[key]
 
     @staticmethod

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decouplify.controller import ArchitectureController, binarise, improved_semhash, straight_through
+from decouplify.controller import ArchitectureController, binarise, improved_semhash, pooled, straight_through
 from decouplify.costs import CostModel
 from decouplify.plan import End, Plan
 
@@ -285,8 +285,7 @@ class Decoupling(nn.Module):
     @staticmethod
     def _pool(end: End, y: Tensor) -> Tensor:
         """Mean magnitude per channel: the paper's average pool where features are >= 0, defined elsewhere."""
-        magnitude = y if end.non_negative else y.abs()
-        return magnitude.mean(dim=(2, 3) if end.axis == 1 else (1, 2), dtype=torch.float32)
+        return pooled(y if end.non_negative else y.abs(), end.axis)
 
 
 def _laid_out_as(y: Tensor, gated: Tensor) -> Tensor:

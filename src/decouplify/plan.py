@@ -144,6 +144,9 @@ class Plan:
     n_classes: int | None
     options: Options
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # frozen
+
     @property
     def n_filters(self) -> int:
         """Gated filters over all gates: the length of a calculation path."""

@@ -77,6 +77,7 @@ class _Lowering:
         self.trace, self.matching, self.decoupling = trace, matching, decoupling
         self.costs = CostModel.of(trace, matching)
         self.columns = gate_columns(matching)
+        self.gate_of_column = [name for name, columns in self.columns.items() for _ in columns]
         self.reader_of = {reader.node: i for i, reader in enumerate(self.costs.readers)}
         self.graph = Graph()
         self.root = nn.Module()
@@ -201,7 +202,8 @@ class _Lowering:
         if all(s is None for s in sets):
             return None
         used = {column for s in sets if s is not None for column in s}
-        names = [name for name, columns in self.columns.items() if not used.isdisjoint(columns)]
+        deciding = {self.gate_of_column[column] for column in used}
+        names = [name for name in self.columns if name in deciding]
         columns = index_matrix(sets, [column for name in names for column in self.columns[name]])
         return self._call("exists", Exists(columns), *(self.gates[name] for name in names))
 

@@ -420,6 +420,8 @@ class _Translation:
             return x
         if not aten.is_global_pool(node) or aten.name_of(node) not in ("mean", "adaptive_avg_pool2d"):
             return None
+        if shape[:2] != x.shape[:2]:
+            return None  # a mean over other dimensions, as of a map with channels last that torch has computed
         y = Map(shape, x.channels, None, _with_zero(x.bounds))
         self.emit(StepKind.MEAN, node, input=x, output=y)
         return y
