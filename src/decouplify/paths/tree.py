@@ -31,6 +31,8 @@ __all__ = ["DecisionTree", "TreeNode", "decision_tree"]
 
 ClassNames = Sequence[str] | Mapping[int, str]
 
+_PAPER = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}  # behind words
+
 
 @dataclass(frozen=True)
 class TreeNode:
@@ -148,13 +150,19 @@ class DecisionTree(Result):
         """
         placed = place(self)
         n_layers = len(self.layers)
-        size = min(16.0, max(6.0, 4 + 0.25 * n_layers)), max(2.5, 0.9 + 0.42 * len(placed.ends))
+        size = min(11.0, max(6.0, 4 + 0.25 * n_layers)), max(2.5, 0.9 + 0.42 * len(placed.ends))
         ax = new_axes(*size) if ax is None else ax
         for xs, ys in placed.branches:
             ax.plot(xs, ys, color="0.6", linewidth=1.4, zorder=1, solid_joinstyle="round")
         for node, (x, y) in placed.splits:
             ax.plot([x], [y], "o", color="#e08214", markersize=7, zorder=2)
-            ax.annotate(_split_words(node), (x, y), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="right")
+            # Between the branches there is room to the right, but not near the end, where the names of classes are.
+            beside = (
+                {"xytext": (7, 0), "ha": "left", "va": "center"}
+                if x < n_layers / 2
+                else {"xytext": (0, 6), "ha": "right"}
+            )
+            ax.annotate(_split_words(node), (x, y), textcoords="offset points", fontsize=7.5, bbox=_PAPER, **beside)
         for node, (x, y) in placed.ends:
             ax.annotate(self._names(node), (x, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
         ax.set_xlim(-1.2, n_layers)
