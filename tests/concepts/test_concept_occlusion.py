@@ -211,7 +211,7 @@ def test_refusals(chain: nn.Module, squares: ConceptImages, scenes: ConceptImage
     with pytest.raises(ValueError, match="no convolution of Conv2d can be gated"):
         occlude_concept(nn.Conv2d(3, 3, 1), squares, 7)
     plain = decouplify.unwrap(copy.deepcopy(chain))
-    with pytest.raises(ValueError, match="Chain has no gates, so thresholds .*; leave thresholds out"):
+    with pytest.raises(ValueError, match=r"Chain has no gates, so thresholds .*; leave thresholds out"):
         occlude_concept(plain, squares, 7, thresholds=collect_thresholds(plain, squares, "relu2"))
     with pytest.raises(ValueError, match=r"none of 80 images shows 'day-s' on 0\.2 to 80 % of its area"):
         occlude_concept(chain, scenes, "day-s")

@@ -31,7 +31,13 @@ __all__ = ["DecisionTree", "TreeNode", "decision_tree"]
 
 ClassNames = Sequence[str] | Mapping[int, str]
 
-_PAPER = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}  # behind words
+_WORDS = 2.7  # inches that the words at a split take
+_PAPER: dict[str, Any] = {
+    "boxstyle": "square,pad=0.1",
+    "facecolor": "white",
+    "edgecolor": "none",
+    "alpha": 0.85,
+}  # behind words
 
 
 @dataclass(frozen=True)
@@ -157,12 +163,17 @@ class DecisionTree(Result):
         for node, (x, y) in placed.splits:
             ax.plot([x], [y], "o", color="#e08214", markersize=7, zorder=2)
             # Between the branches there is room to the right, but not near the end, where the names of classes are.
-            beside = (
-                {"xytext": (7, 0), "ha": "left", "va": "center"}
-                if x < n_layers / 2
-                else {"xytext": (0, 6), "ha": "right"}
+            beside = x < n_layers * (1 - _WORDS / (size[0] - 1.2))
+            ax.annotate(
+                _split_words(node),
+                (x, y),
+                xytext=(7, 0) if beside else (0, 6),
+                textcoords="offset points",
+                ha="left" if beside else "right",
+                va="center" if beside else "baseline",
+                fontsize=7.5,
+                bbox=_PAPER,
             )
-            ax.annotate(_split_words(node), (x, y), textcoords="offset points", fontsize=7.5, bbox=_PAPER, **beside)
         for node, (x, y) in placed.ends:
             ax.annotate(self._names(node), (x, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
         ax.set_xlim(-1.2, n_layers)
@@ -225,7 +236,7 @@ def decision_tree(
     threshold: float = 0.7,
     false_share: float = 0.05,
     min_effect: float = 0.005,
-    min_purity: float = 0.6,
+    min_purity: float = 0.75,
     max_per_class: int = 50,
     n_null: int = 50,
     seed: int = 0,
