@@ -122,10 +122,10 @@ class ClassInformation(LayeredResult):
             capprops=line,
             manage_ticks=False,
         )
+        ax.plot([], [], color="#e08214", linewidth=2, label="median")
         ax.plot(
             range(n_layers), [bits.max() for bits in per_layer], "o", color="#35587f", markersize=4, label="best filter"
         )
-        ax.plot([], [], color="#e08214", linewidth=2, label="median")
         ax.legend(loc="upper left", frameon=False)
         ax.margins(x=0.01)
         label_layers(ax, [layer.name for layer in self.layers])
