@@ -1,8 +1,8 @@
 """Attack a decoupled CIFAR-10 network and detect the attacked images by their paths, with controls and baselines.
 
 Reads a checkpoint written by examples/cifar10.py. One table per attack (all numbers go to --out, the tables also into
---page), then a map of paths between two classes, and what the monitor flags. On two cores, 1,000 images and a ResNet-56
-take some ten minutes per attack, most of it for gradients and critical paths; --n-images and --n-critical shorten it.
+--page), then a map of paths between two classes, and what the monitor flags. 1,000 images and a ResNet-56 take 13 to 15
+minutes of processor time per attack, half of it for gradients; --n-images and --n-critical shorten it.
 
 $ python examples/detect_adversarial.py --data cifar10.bin --checkpoint resnet56.safetensors \
       --original cifar10-resnet56.safetensors --out docs/results/detection.json --page docs/adversarial.md
