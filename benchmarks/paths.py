@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
 import decouplify
 from decouplify.paths import PathSet, class_information, path_map
+from decouplify.registry import build_model
 
 # VGG-16 with all convolutions but the first: 12 layers, 4,160 filters; one of 64 more makes the paper's 4,224.
 LAYERS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
@@ -34,8 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["record", "analyse", "map"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--model", default="resnet18", help="record: a timm network")
+    parser.add_argument("--model", default="timm:resnet18", help="record: timm:, torchvision: or cifar:NAME")
     parser.add_argument("--size", type=int, default=128, help="record: height and width of the images")
+    parser.add_argument("--batch-size", type=int, default=32, help="record: images at a time")
     parser.add_argument("--rounds", type=int, default=7, help="record: pairs of passes")
     parser.add_argument("--n-paths", type=int, default=50_000, help="analyse: number of paths")
     parser.add_argument("--n-map", type=int, default=10_000, help="map: number of paths")
@@ -43,18 +44,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if "record" in args.parts:
-        time_recording(args.model, args.size, args.rounds)
+        time_recording(args.model, args.size, args.batch_size, args.rounds)
     if "analyse" in args.parts:
         time_analyses(args.n_paths)
     if "map" in args.parts:
         time_map(args.n_map, args.method)
 
 
-def time_recording(name: str, size: int, rounds: int) -> None:
-    model = decouplify.wrap(timm.create_model(name, num_classes=N_CLASSES), (3, size, size), verify=False).eval()
+def time_recording(name: str, size: int, batch_size: int, rounds: int) -> None:
+    model = decouplify.wrap(build_model(name), (3, size, size), verify=False).eval()
     for controller in model.decoupling.controllers.values():
         nn.init.normal_(controller.fc2.weight)
-    batches = [(torch.randn(32, 3, size, size), torch.randint(N_CLASSES, (32,))) for _ in range(4)]
+    batches = [(torch.randn(batch_size, 3, size, size), torch.randint(10, (batch_size,))) for _ in range(4)]
     evaluate(model, batches)
     decouplify.record(model, batches)
     ratios = []
@@ -67,7 +68,7 @@ def time_recording(name: str, size: int, rounds: int) -> None:
         order = (0, 1) if number % 2 == 0 else (1, 0)
         seconds = {which: seconds_of(both[which], time.process_time) for which in order}
         ratios.append(seconds[1] / seconds[0])
-    pass_of = f"record, {name} at {size}x{size}, batch 32, {torch.get_num_threads()} threads"
+    pass_of = f"record, {name} at {size}x{size}, batch {batch_size}, {torch.get_num_threads()} threads"
     print(
         f"{pass_of}: {statistics.median(ratios):.3f} times an evaluation "
         f"pass (from {min(ratios):.3f} to {max(ratios):.3f} in {rounds} pairs)"

@@ -4,6 +4,8 @@ Trains the network, decouples it several times with other loss weights, and writ
 About two minutes on one core; with `--checkpoint` and `--data` it explains a network of yours and trains nothing.
 
 $ python examples/explain.py --out explained
+$ python examples/explain.py --checkpoint examples/checkpoints/resnet56.safetensors --data cifar10.bin \
+      --original examples/checkpoints/resnet56-dense.safetensors --classes 3 5 --out explained
 """
 
 from __future__ import annotations
@@ -11,19 +13,24 @@ from __future__ import annotations
 import argparse
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import decouplify
 from decouplify.checkpoint import read_record
 from decouplify.data import ImageSet, load_images
 from decouplify.paths import (
+    BeforeAfter,
+    PathMap,
+    Sweep,
     before_after,
     class_information,
     contrast,
@@ -54,15 +61,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("explained"), help="directory for what is written")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint written by `decouplify train`")
+    parser.add_argument("--original", type=Path, help="safetensors file of the same network without gates")
     parser.add_argument("--data", default="digits", help="images, as `decouplify train` reads them")
     parser.add_argument("--classes", type=int, nargs=2, default=(3, 8), help="why the first and not the second")
+    parser.add_argument("--no-report", action="store_true", help="pictures only")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    subject = opened(args.checkpoint, args.data) if args.checkpoint else trained()
-    for name, result in results(subject, *args.classes):
+    subject = opened(args.checkpoint, args.original, args.data) if args.checkpoint else trained()
+    paths = decouplify.record(subject.model, subject.images.loader("test"))
+    for name, result in results(subject, paths, *args.classes):
         print(f"\n== {name} ==\n{result.summary()}")
-        result.save(args.out / f"{name}.png")
-    draw_the_rest(subject, args.out)
+        save(result, args.out / f"{name}.png", subject.images.class_names)
+    if args.no_report:
+        return
     page = decouplify.report(
         subject.model,
         subject.images.loader("test"),
@@ -74,13 +85,13 @@ def main() -> None:
     print(f"\nwritten: {page}")
 
 
-def results(subject: Subject, a: int, b: int) -> Iterator[tuple[str, Any]]:
+def results(subject: Subject, paths: decouplify.PathSet, a: int, b: int) -> Iterator[tuple[str, Any]]:
     """Each result by name: all of them print, plot and save alike."""
-    names = subject.images.class_names
+    names, loader = subject.images.class_names, subject.images.loader("test")
     pixels, labels = subject.images.tensors("test")
-    paths = decouplify.record(subject.model, subject.images.loader("test"))
     yield "filter_states", paths.filter_states()
     yield "activation_histogram", paths.activation_histogram()
+    yield "path_map", path_map(paths)
     yield "class_information", class_information(paths)
     yield "decision_tree", decision_tree(paths, class_names=names)
     found = contrast(paths, a, b, class_names=names)
@@ -95,21 +106,24 @@ def results(subject: Subject, a: int, b: int) -> Iterator[tuple[str, Any]]:
     covered[..., shown.shape[-1] // 2 :] = shown.amin()
     yield "diff", decouplify.record(subject.model, [shown]).diff(decouplify.record(subject.model, [covered]))
     if subject.original is not None:
-        yield "before_after", before_after(subject.original, subject.model, subject.images.loader("test"))
+        yield "before_after", before_after(subject.original, subject.model, loader)
     if subject.others:
-        yield "sweep", sweep(subject.others, subject.images.loader("test"))
+        yield "sweep", sweep(subject.others, loader)
 
 
-def draw_the_rest(subject: Subject, out: Path) -> None:
-    """What needs an argument to be drawn: class names on a map, two maps side by side, states over a setting."""
-    names, loader = subject.images.class_names, subject.images.loader("test")
-    drawn = {"path_map": path_map(decouplify.record(subject.model, loader)).plot(class_names=names)}
-    if subject.original is not None:
-        drawn["maps"] = before_after(subject.original, subject.model, loader).plot_maps(names)[0]
-    if subject.others:
-        drawn["sweep_lines"] = sweep(subject.others, loader).plot(over="mutual information")
-    for name, ax in drawn.items():
-        ax.get_figure(root=True).savefig(out / f"{name}.png", dpi=144, bbox_inches="tight")
+def save(result: Any, file: Path, class_names: Sequence[str]) -> None:
+    """Draw a result; maps want the names of the classes, and two results have a second picture."""
+    result.save(file, **({"class_names": class_names} if isinstance(result, PathMap) else {}))
+    files = [file]
+    if isinstance(result, BeforeAfter):
+        files.append(file.with_name("maps.png"))
+        result.plot_maps(class_names)[0].figure.savefig(files[-1], dpi=100, bbox_inches="tight")
+    if isinstance(result, Sweep):
+        files.append(result.save(file.with_name("sweep_lines.png"), over="mutual information"))
+    for drawn in files:  # a quarter of the bytes, and no eye sees it
+        with Image.open(drawn) as picture:
+            small = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        small.save(drawn, optimize=True)
 
 
 def trained() -> Subject:
@@ -142,8 +156,8 @@ def decoupled(dense: nn.Module, images: ImageSet, weight: float) -> nn.Module:
     return model.eval()
 
 
-def opened(checkpoint: Path, data: str) -> Subject:
-    """A network of the command line and images as it reads them."""
+def opened(checkpoint: Path, original: Path | None, data: str) -> Subject:
+    """A network of the command line, the same without gates if there is a file of it, and images as both read them."""
     found = read_record(checkpoint)
     extra = found["extra"]
     model = decouplify.load(rebuild_model(extra), checkpoint).eval()
@@ -151,7 +165,11 @@ def opened(checkpoint: Path, data: str) -> Subject:
     images = load_images(data, channels=channels, size=(size[0], size[1]))
     if "mean" in extra:
         images = images.normalised_as(extra["mean"], extra["std"])
-    return Subject(model, images)
+    dense = None
+    if original is not None:
+        dense = rebuild_model(extra).eval()
+        dense.load_state_dict(load_file(original))
+    return Subject(model, images, dense)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Eval mode for a while, and no garbage collection for a while."""
+"""Eval mode, parameters without gradients, and no garbage collection, each for a while."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["eval_mode", "uncollected"]
+__all__ = ["eval_mode", "frozen", "uncollected"]
 
 
 @contextmanager
@@ -22,6 +22,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         # Not by train(), which would set all submodules alike: users freeze some of them.
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters need no gradients for the duration: backward passes to an image need not keep what they are for."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

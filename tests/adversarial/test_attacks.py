@@ -182,6 +182,27 @@ def test_craft_is_repeatable_and_leaves_the_random_state_alone(trained) -> None:
     assert not torch.equal(first, other)
 
 
+def test_craft_takes_no_gradients_of_parameters_and_gives_them_back(trained) -> None:
+    model = trained.pixel
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    seen: list[bool] = []
+
+    def broken(model, images, labels):
+        seen.extend(parameter.requires_grad for parameter in model.parameters())
+        raise RuntimeError("half-way")
+
+    model.module.stem.requires_grad_(False)
+    try:
+        frozen = [parameter.requires_grad for parameter in model.parameters()]
+        with pytest.raises(RuntimeError, match="half-way"):
+            craft(broken, model, trained.images[:4], trained.labels[:4])
+        assert seen
+        assert not any(seen)
+        assert [parameter.requires_grad for parameter in model.parameters()] == frozen != before
+    finally:
+        model.module.stem.requires_grad_(True)
+
+
 def test_a_function_is_an_attack(trained) -> None:
     def brighten(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return (images + 0.1).clamp(0, 1)

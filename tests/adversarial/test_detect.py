@@ -23,24 +23,22 @@ def result(trained) -> DetectionResult:
 
 
 def test_every_row_that_was_promised_is_there(result) -> None:
+    controls = [
+        "pgd",
+        "noise (trained on pgd)",
+        "fgsm (trained on pgd)",
+        "mifgsm (trained on pgd)",
+        "adaptive (trained on pgd)",
+        "noise",
+        "placebo",
+        "adaptive",
+    ]
+    baselines = ["softmax", "logits", "features", "pseudo-paths"]
     assert [row.name for row in result.rows] == [
-        "paths: pgd",
-        "paths: noise (trained on pgd)",
-        "paths: fgsm (trained on pgd)",
-        "paths: mifgsm (trained on pgd)",
-        "paths: adaptive (trained on pgd)",
-        "paths: noise",
-        "paths: placebo",
-        "paths: adaptive",
-        "softmax: pgd",
-        "softmax: placebo",
-        "logits: pgd",
-        "logits: placebo",
-        "features: pgd",
-        "features: placebo",
-        "pseudo-paths: pgd",
-        "pseudo-paths: placebo",
+        *(f"{view}: {control}" for view in ("paths", "margins") for control in controls),
+        *(f"{baseline}: {what}" for baseline in baselines for what in ("pgd", "placebo")),
         "paths: pgd [60 images]",
+        "margins: pgd [60 images]",
         "critical paths: pgd [60 images]",
         "critical paths: placebo [60 images]",
     ]
@@ -49,7 +47,7 @@ def test_every_row_that_was_promised_is_there(result) -> None:
 
 def test_placebo_is_a_half_everywhere(result) -> None:
     placebos = [row for row in result.rows if row.tested_on == "placebo"]
-    assert len(placebos) == 6
+    assert len(placebos) == 7
     for row in placebos:
         for score in row.scores:
             assert 0.45 <= score.auc_mean <= 0.55, row.name
@@ -97,6 +95,32 @@ def test_the_table_and_what_beats_paths(result) -> None:
         assert (f"{name}: pgd" in better) == (theirs > ours)
 
 
+def test_margins_are_the_logits_of_the_bits(trained, result) -> None:
+    seen = observe(trained.pixel, trained.images[:30])
+    np.testing.assert_array_equal(seen.margins > 0, seen.path == 1)
+    decoupling = trained.pixel.module.decoupling
+    with torch.no_grad():
+        trained.pixel(trained.images[:30])
+    np.testing.assert_allclose(seen.margins, torch.cat(list(decoupling.margins().values()), 1).numpy(), atol=1e-4)
+    kinds = {row.name: result.kind(row) for row in result.rows}
+    assert (kinds["paths: pgd"], kinds["margins: pgd"], kinds["margins: noise"]) == ("attack", "attack", "control")
+    assert all(row.features not in ("paths", "margins") for row in result.beaten_by("prototype", 5, "margins"))
+
+
+def test_one_look_at_paths_is_enough_for_a_table(trained) -> None:
+    settings = {**FAST, "n_per_class": (1,), "unseen": (), "adaptive_weight": None, "baselines": ("logits",)}
+    x, y = trained.images[:80], trained.labels[:80]
+    whole, part = (
+        detect(trained.pixel, x, y, PGD(n_steps=3), features=features, **settings)
+        for features in (("paths", "margins"), ("margins",))
+    )
+    assert {row.features for row in part.rows} == {"margins", "logits"}
+    assert all(row == whole.row(row.name) for row in part.rows)
+    ours = part.row("margins: pgd").score("prototype", 1).auc_mean
+    theirs = part.row("logits: pgd").score("prototype", 1).auc_mean
+    assert bool(part.beaten_by("prototype", 1)) == (theirs > ours)
+
+
 def test_it_survives_json(result, tmp_path) -> None:
     described = json.loads(result.save(tmp_path / "table.json").read_text())
     assert {row["kind"] for row in described["rows"]} == {"attack", "control", "baseline"}
@@ -129,14 +153,14 @@ def test_repeated_images_count_once(trained) -> None:
 
 
 def test_attacks_of_one_name_are_numbered(trained) -> None:
-    settings = {**FAST, "n_per_class": (1,), "baselines": (), "adaptive_weight": None}
+    settings = {**FAST, "n_per_class": (1,), "features": ("paths",), "baselines": (), "adaptive_weight": None}
     attacks = {"attack": PGD(n_steps=3), "unseen": (PGD(n_steps=4), PGD(n_steps=5))}
     found = detect(trained.pixel, trained.images[:80], trained.labels[:80], **attacks, **settings)
     assert [row.tested_on for row in found.rows] == ["pgd", "noise", "pgd #2", "pgd #3", "noise", "placebo"]
 
 
 def test_rows_with_too_few_images_are_named(trained) -> None:
-    settings = {**FAST, "baselines": (), "unseen": (FGSM(1e-6),), "adaptive_weight": None}
+    settings = {**FAST, "features": ("paths",), "baselines": (), "unseen": (FGSM(1e-6),), "adaptive_weight": None}
     found = detect(trained.pixel, trained.images[:80], trained.labels[:80], PGD(n_steps=5), **settings)
     assert list(found.skipped) == ["paths: fgsm (trained on pgd)"]
     assert "left out: paths: fgsm (trained on pgd): too few attacks had success" in found.table()
@@ -165,6 +189,10 @@ def test_the_original_without_weights_of_its_own_is_the_network_without_gates(tr
 
 def test_wrong_input_is_refused(trained) -> None:
     x, y = trained.images, trained.labels
+    with pytest.raises(ValueError, match="no feature of paths is called 'gates'; there are paths, margins"):
+        detect(trained.pixel, x, y, features=("gates",))
+    with pytest.raises(ValueError, match="detect: no features given, some of paths, margins wanted"):
+        detect(trained.pixel, x, y, features=())
     with pytest.raises(ValueError, match="detect: Net is not wrapped"):
         detect(trained.original, x, y)
     with pytest.raises(ValueError, match=r"detect: pixels from .* given, \[0, 1\] wanted"):

@@ -113,6 +113,12 @@ def test_features_that_never_change_tell_nothing() -> None:
         assert score.auc_mean == 0.5, name
 
 
+def test_the_numbers_do_not_depend_on_the_threads() -> None:
+    rng = np.random.default_rng(3)
+    clean, attacked = rng.random((60, 12)) < 0.4, rng.random((60, 12)) < 0.6
+    assert scores_of(clean, attacked) == scores_of(clean, attacked, n_threads=3)
+
+
 def test_the_numbers_are_what_they_are_called() -> None:
     """Against pairs counted one by one."""
     rng = np.random.default_rng(1)
@@ -167,5 +173,7 @@ def test_prototypes_know_classes_by_what_the_images_are_taken_for() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one detector, and positive numbers, wanted"):
         Protocol(DETECTORS, (0, 5))
+    with pytest.raises(ValueError, match="5 repeats and 0 threads given"):
+        Protocol(DETECTORS, n_threads=0)
     with pytest.raises(ValueError, match="no detector is called 'svm'; there are random_forest"):
         detector_named("svm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from decouplify.concepts import (
 )
 from decouplify.concepts._occlude import FILLS, control_mask, hide
 from decouplify.concepts._pictures import overlay
+from decouplify.paths import pseudo_paths, pseudo_thresholds
 
 
 def test_direct_and_cascaded_switches_are_told_apart(chain: nn.Module, squares: ConceptImages) -> None:
@@ -55,6 +57,34 @@ def test_a_concept_nobody_looks_at_switches_nothing(chain: nn.Module, squares: C
     assert "no filter switches off" in result.summary()
     assert result.filters() == []
     assert [len(example.filters) for example in result.examples] == [0] * 4
+
+
+def test_a_network_without_gates_is_read_by_its_responses(chain: nn.Module, squares: ConceptImages) -> None:
+    """Against pseudo-paths of whole images and of images hidden by hand."""
+    dark = [replace(i, pixels=0 * i.pixels, masks=0 * i.masks, name="dark") for i in squares.images]
+    squares = ConceptImages(squares.concepts, [*squares.images, *dark], squares.transform)
+    plain = decouplify.unwrap(copy.deepcopy(chain))
+    keys = list(plain.state_dict())
+    result = occlude_concept(plain, squares, "red square", ["conv2", "conv3"])
+    assert list(plain.state_dict()) == keys
+    number = result.concept.number
+    shown = {image.name: image for image in squares.images}
+    whole = [shown[name] for name in result.images]
+    hidden = [hide(image.pixels, image.mask(number), "black", np.random.default_rng(0)) for image in whole]
+    read = [torch.stack([squares.transform(p) for p in pixels]) for pixels in ([i.pixels for i in whole], hidden)]
+    everything = [torch.stack([squares.transform(image.pixels) for image in squares.images])]
+    thresholds = pseudo_thresholds(plain, everything, like=chain)
+    before, after = (pseudo_paths(plain, [x], thresholds=thresholds, like=chain, margins=True) for x in read)
+    for layer in result.layers:
+        np.testing.assert_array_equal(layer.before, before.unpack(layer.name))
+        np.testing.assert_array_equal(layer.after, after.unpack(layer.name))
+        columns = before.filter_slices[layer.name]
+        np.testing.assert_allclose(layer.margin_before, before.margins[:, columns], atol=1e-3)
+        np.testing.assert_allclose(layer.margin_after, after.margins[:, columns], atol=1e-3)
+        assert not layer.cascaded_off.any()
+    assert result.layers[0].off[:, 0].all()  # filter 0 of conv2 responds to red alone
+    assert not result.layers[0].control_off[:, 0].any()
+    assert representation_ability(plain, squares, ["conv2"]).covers[0].multiple_mean > 0.9
 
 
 def test_the_model_is_left_as_it_was(chain: nn.Module, squares: ConceptImages) -> None:
@@ -178,8 +208,11 @@ def test_refusals(chain: nn.Module, squares: ConceptImages, scenes: ConceptImage
         occlude_concept(chain, squares, "green square")
     with pytest.raises(ValueError, match="'relu1' is not a gated convolution; those are conv2, conv3"):
         occlude_concept(chain, squares, 7, "relu1")
-    with pytest.raises(ValueError, match="occlude_concept: Conv2d is not wrapped"):
+    with pytest.raises(ValueError, match="no convolution of Conv2d can be gated"):
         occlude_concept(nn.Conv2d(3, 3, 1), squares, 7)
+    plain = decouplify.unwrap(copy.deepcopy(chain))
+    with pytest.raises(ValueError, match=r"Chain has no gates, so thresholds .*; leave thresholds out"):
+        occlude_concept(plain, squares, 7, thresholds=collect_thresholds(plain, squares, "relu2"))
     with pytest.raises(ValueError, match=r"none of 80 images shows 'day-s' on 0\.2 to 80 % of its area"):
         occlude_concept(chain, scenes, "day-s")
     with pytest.raises(ValueError, match="none of 80 images has a concept of scene"):

@@ -297,6 +297,14 @@ def test_images_that_are_not_finite_are_refused(toy, images):
         record(toy, [images, bad])
 
 
+def test_finite_images_whose_sum_is_not_are_recorded(toy, images):
+    bright = images.clone()
+    bright[0, 0] = torch.finfo(torch.float32).max
+    toy.forward = lambda x, plain=toy.forward: plain(x.clamp(-3, 3))
+    assert not torch.isfinite(bright.sum())
+    assert len(record(toy, [bright])) == len(images)
+
+
 def test_soft_gates_are_refused(toy, images):
     toy.decoupling.eval = lambda: None
     toy.decoupling.train = lambda mode=True: toy.decoupling  # keeps its gates soft in evaluation mode

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy, nn
 
-from decouplify.adversarial.experiment import Attacked, Experiment, Mask, paths_of
+from decouplify.adversarial.experiment import Attacked, Experiment, Mask, seen_as
 from decouplify.adversarial.observations import OF_ONE_FORWARD, Features, Observation, Original
 from decouplify.adversarial.protocol import Seen
 from decouplify.paths._distance import stratified_rows
@@ -59,9 +59,10 @@ def _compare_critical(experiment: Experiment, main: Attacked, source: Original, 
         looks = _look(experiment, source.critical, main, part)
     note = "" if len(part) == len(successes) else f"{len(part)} images"
     if note:
-        attacked = paths_of(main.seen)
-        training = (paths_of(experiment.clean), attacked, counted)
-        experiment.compare("paths", main.name, training, {main.name: (attacked, counted)}, note)
+        for view in experiment.views:
+            attacked = seen_as(view, main.seen)
+            training = (seen_as(view, experiment.clean), attacked, counted)
+            experiment.compare(view, main.name, training, {main.name: (attacked, counted)}, note)
     _compare_baseline(experiment, "critical paths", main, looks, counted, note)
 
 

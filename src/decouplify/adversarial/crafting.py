@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from decouplify.adversarial.attacks import Attack, check_attack_input, is_targeted, name_of
 from decouplify.adversarial.pixels import check_pixels, device_of
-from decouplify.modes import eval_mode
+from decouplify.modes import eval_mode, frozen
 
 __all__ = ["Crafted", "craft", "target_classes"]
 
@@ -36,7 +36,8 @@ def craft(
 ) -> Crafted:
     """Run an attack on many images, batch by batch.
 
-    Targeted attacks aim at ``target_classes``. Torch's generators are left as they were.
+    Targeted attacks aim at ``target_classes``. Meanwhile the model's parameters need no gradients. Torch's generators
+    are left as they were.
 
     Args:
         attack: The attack.
@@ -55,7 +56,7 @@ def craft(
     device = device_of(model)
     parts: list[Tensor] = []
     preds: list[Tensor] = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), eval_mode(model):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), eval_mode(model), frozen(model):
         torch.manual_seed(seed)
         aims = _aims(attack, model, images, labels, seed)
         for x, aim in zip(images.split(batch_size), aims.split(batch_size), strict=True):

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from decouplify.adversarial.adaptive import AdaptiveAttack
 from decouplify.adversarial.attacks import Attack, attack_named
 from decouplify.adversarial.baselines import BASELINES, compare_original, compare_views
 from decouplify.adversarial.detectors import DETECTORS
-from decouplify.adversarial.experiment import Attacked, Experiment, Images, Mask, paths_of
-from decouplify.adversarial.observations import Observation
+from decouplify.adversarial.experiment import Attacked, Experiment, Images, Mask, seen_as
+from decouplify.adversarial.observations import OF_PATHS, Observation
 from decouplify.adversarial.pixels import check_labels, check_pixels
-from decouplify.adversarial.protocol import Protocol, Seen
+from decouplify.adversarial.protocol import Protocol
 from decouplify.adversarial.result import DetectionResult
 from decouplify.decoupling import decoupling_of
 
@@ -29,6 +30,7 @@ def detect(
     *,
     unseen: Sequence[str | Attack] = ("fgsm", "mifgsm"),
     adaptive_weight: float | None = AdaptiveAttack.weight,
+    features: Sequence[str] = tuple(OF_PATHS),
     baselines: Sequence[str] = BASELINES,
     original: nn.Module | None = None,
     n_critical: int = 200,
@@ -44,7 +46,8 @@ def detect(
     The network is attacked on the images that it classifies correctly; attacks that fail do not count. Detectors are
     trained on few images per class, each with its attacked twin, and tested on all others (Table 6 of the paper). Rows:
 
-    - paths against the attack;
+    - paths against the attack, and gate by gate how far it was from switching (margins), which the paper does not look
+      at and which costs no more; all of what follows for both;
     - noise, seen by detectors trained on the attack: changes of the same size at every pixel, with random signs. Is the
       detector a detector of noise? A further row is trained on noise: can noise be detected at all?
     - unseen attacks, by detectors trained on the attack;
@@ -63,6 +66,7 @@ def detect(
         unseen: Further attacks, for testing only.
         adaptive_weight: Weight of the path in the adaptive attack, whose ball is that of ``attack``, or 8/255 if that
             says none; ``None`` leaves it out.
+        features: What detectors see of a path: ``"paths"``, its bits as in the paper, ``"margins"``, or both.
         baselines: Some of ``BASELINES``.
         original: The network before wrapping, reading what ``model.module`` reads; by default the wrapped one without
             its gates.
@@ -86,19 +90,27 @@ def detect(
     check_labels(labels, len(images), "detect")
     _check_names("baseline", baselines, BASELINES)
     _check_names("detector", detectors, tuple(DETECTORS))
-    protocol = Protocol({name: DETECTORS[name] for name in detectors}, tuple(n_per_class), repeats, seed)
+    _check_names("feature of paths", features, tuple(OF_PATHS))
+    if not features:
+        raise ValueError(f"detect: no features given, some of {', '.join(OF_PATHS)} wanted")
+    chosen = {name: DETECTORS[name] for name in detectors}
+    protocol = Protocol(chosen, tuple(n_per_class), repeats, seed, torch.get_num_threads())
     given = Images(images.detach().cpu(), labels.cpu()).distinct()
     main_attack, *other_attacks = [attack_named(a) if isinstance(a, str) else a for a in (attack, *unseen)]
-    experiment = Experiment(model, given, protocol, batch_size, progress)
+    experiment = Experiment(model, given, protocol, batch_size, tuple(features), progress)
     if adaptive_weight is not None:
         eps = float(getattr(main_attack, "eps", AdaptiveAttack.eps))
         other_attacks.append(experiment.adaptive(adaptive_weight, eps))
     main = experiment.attacked(main_attack)
     others = [experiment.attacked(other) for other in other_attacks]
     placebo = experiment.seen_again()
-    _compare_paths(experiment, main, others, placebo)
-    if adaptive_weight is not None:
-        _compare(experiment, others[-1].name, paths_of(others[-1].seen), others[-1].success)
+    noise = experiment.noise_like(main.crafted.images)
+    for view in experiment.views:
+        _compare_paths(experiment, view, main, others, noise)
+        _compare(experiment, view, "noise", noise, main.success)
+        _compare(experiment, view, "placebo", placebo, main.success)
+        if adaptive_weight is not None:
+            _compare(experiment, view, others[-1].name, others[-1].seen, others[-1].success)
     compare_views(experiment, main, placebo, baselines)
     compare_original(experiment, main, original, baselines, n_critical)
     n_classes = len(np.unique(experiment.labels))
@@ -111,18 +123,18 @@ def _check_names(what: str, given: Sequence[str], known: Sequence[str]) -> None:
         raise ValueError(f"detect: no {what} is called {unknown[0]!r}; there are {', '.join(known)}")
 
 
-def _compare_paths(experiment: Experiment, main: Attacked, others: Sequence[Attacked], placebo: Observation) -> None:
-    """Paths against the attack, against what detectors of it were not trained on, and against nothing at all."""
-    noise = paths_of(experiment.noise_like(main.crafted.images))
-    tests = {main.name: (paths_of(main.seen), main.success), "noise": (noise, main.success)}
-    tests |= {other.name: (paths_of(other.seen), other.success) for other in others}
-    training = (paths_of(experiment.clean), paths_of(main.seen), main.success)
-    experiment.compare("paths", main.name, training, tests)
-    _compare(experiment, "noise", noise, main.success)
-    _compare(experiment, "placebo", paths_of(placebo), main.success)
+def _compare_paths(
+    experiment: Experiment, view: str, main: Attacked, others: Sequence[Attacked], noise: Observation
+) -> None:
+    """Paths against the attack, and against what detectors of it were not trained on."""
+    attacked = seen_as(view, main.seen)
+    tests = {main.name: (attacked, main.success), "noise": (seen_as(view, noise), main.success)}
+    tests |= {other.name: (seen_as(view, other.seen), other.success) for other in others}
+    training = (seen_as(view, experiment.clean), attacked, main.success)
+    experiment.compare(view, main.name, training, tests)
 
 
-def _compare(experiment: Experiment, what: str, seen: Seen, counted: Mask) -> None:
+def _compare(experiment: Experiment, view: str, what: str, seen: Observation, counted: Mask) -> None:
     """Detectors of paths that are trained and tested on the same thing."""
-    training = (paths_of(experiment.clean), seen, counted)
-    experiment.compare("paths", what, training, {what: (seen, counted)})
+    changed = seen_as(view, seen)
+    experiment.compare(view, what, (seen_as(view, experiment.clean), changed, counted), {what: (changed, counted)})

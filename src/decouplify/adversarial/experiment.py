@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from decouplify.adversarial.adaptive import AdaptiveAttack
 from decouplify.adversarial.attacks import Attack, name_of
 from decouplify.adversarial.crafting import Crafted, craft
-from decouplify.adversarial.observations import Observation, observe
+from decouplify.adversarial.observations import OF_PATHS, Observation, observe
 from decouplify.adversarial.protocol import Protocol, Seen, TooFewImagesError, score_detectors
 from decouplify.adversarial.result import DetectionResult, DetectionRow
 from decouplify.decoupling import decoupling_of
 
-__all__ = ["Attacked", "Experiment", "Images", "Mask", "paths_of"]
+__all__ = ["Attacked", "Experiment", "Images", "Mask", "seen_as"]
 
 Mask = NDArray[np.bool_]
 
@@ -62,9 +62,9 @@ class Attacked:
         return self.crafted.success.numpy()
 
 
-def paths_of(seen: Observation) -> Seen:
-    """Paths, as detectors see them."""
-    return Seen(seen.path, seen.preds)
+def seen_as(view: str, seen: Observation) -> Seen:
+    """Paths, as detectors see them: "paths", their bits, or "margins"."""
+    return Seen(OF_PATHS[view](seen), seen.preds)
 
 
 @dataclass(eq=False)
@@ -76,6 +76,7 @@ class Experiment:
         given: All images.
         protocol: How detectors are compared.
         batch_size: Images at a time.
+        views: What paths are looked at as, see ``OF_PATHS``.
         progress: Called with the name of every stage when it begins.
         images: The correctly classified ones; all that follows is about these N.
         clean: What is seen of them.
@@ -88,6 +89,7 @@ class Experiment:
     given: Images
     protocol: Protocol
     batch_size: int
+    views: Sequence[str] = ("paths",)
     progress: Callable[[str], None] | None = None
     images: Images = field(init=False)
     clean: Observation = field(init=False)

@@ -22,7 +22,7 @@ from decouplify.paths import PseudoThresholds, pseudo_paths, pseudo_thresholds
 from decouplify.plan import End
 from decouplify.surgery import unwrap
 
-__all__ = ["OF_ONE_FORWARD", "Observation", "Original", "observe"]
+__all__ = ["OF_ONE_FORWARD", "OF_PATHS", "Observation", "Original", "observe"]
 
 Features = NDArray[np.float32]
 
@@ -33,11 +33,13 @@ class Observation:
 
     Attributes:
         path: Gates, 0 or 1, shape (N, F).
+        margins: Their logits, shape (N, F); a gate is 1 where its logit is positive.
         logits: Shape (N, classes).
         pooled: Mean over space of every gated value, shape (N, F'); F' > F where convolutions share a gate.
     """
 
     path: Features
+    margins: Features
     logits: Features
     pooled: Features
 
@@ -46,7 +48,7 @@ class Observation:
 
     def rows(self, index: NDArray[np.intp]) -> Observation:
         """The chosen images."""
-        return Observation(self.path[index], self.logits[index], self.pooled[index])
+        return Observation(self.path[index], self.margins[index], self.logits[index], self.pooled[index])
 
     @property
     def preds(self) -> NDArray[np.int64]:
@@ -60,6 +62,11 @@ class Observation:
         return (1 / shifted.sum(1, keepdims=True)).astype(np.float32)
 
 
+# What a path is looked at as: its bits, as in the paper, or how far each gate is from switching.
+OF_PATHS: dict[str, Callable[[Observation], Features]] = {
+    "paths": lambda seen: seen.path,
+    "margins": lambda seen: seen.margins,
+}
 # The baselines that need nothing beyond the forward that gave the path.
 OF_ONE_FORWARD: dict[str, Callable[[Observation], Features]] = {
     "softmax": lambda seen: seen.max_softmax,
@@ -80,7 +87,7 @@ def observe(model: nn.Module, images: Tensor, batch_size: int = 128) -> Observat
         ValueError: If the model is not wrapped.
     """
     decoupling = decoupling_of(model, "observe")
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    rows: list[tuple[Tensor, ...]] = []
     pooled: list[Tensor] = []
 
     def pool(gate: str, end: End, features: Tensor) -> None:
@@ -90,7 +97,8 @@ def observe(model: nn.Module, images: Tensor, batch_size: int = 128) -> Observat
         for x in images.split(batch_size):
             pooled.clear()
             logits = model(x.to(device_of(model)))
-            rows.append((decoupling.path(), logits.float(), torch.cat(pooled, 1)))
+            margins = torch.cat(list(decoupling.margins().values()), 1)
+            rows.append((decoupling.path(), margins.float(), logits.float(), torch.cat(pooled, 1)))
     return Observation(*(torch.cat(parts).cpu().numpy() for parts in zip(*rows, strict=True)))
 
 

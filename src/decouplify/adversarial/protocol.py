@@ -7,6 +7,7 @@ draws.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ class Protocol:
         n_per_class: Training images per class, each with its twin.
         repeats: Independent runs.
         seed: Of draws and detectors.
+        n_threads: Detectors trained at a time; the numbers do not depend on it. scikit-learn's let others run.
 
     Raises:
         ValueError: If a number is not positive, or there is nothing to compare.
@@ -54,12 +56,14 @@ class Protocol:
     n_per_class: tuple[int, ...] = (1, 5, 10)
     repeats: int = 5
     seed: int = 0
+    n_threads: int = 1
 
     def __post_init__(self) -> None:
-        if not self.detectors or not self.n_per_class or min(self.n_per_class) < 1 or self.repeats < 1:
+        numbers = (*self.n_per_class, self.repeats, self.n_threads)
+        if not self.detectors or not self.n_per_class or min(numbers) < 1:
             raise ValueError(
-                f"detection protocol: {len(self.detectors)} detectors, n_per_class {self.n_per_class} and "
-                f"{self.repeats} repeats given; at least one detector, and positive numbers, wanted"
+                f"detection protocol: {len(self.detectors)} detectors, n_per_class {self.n_per_class}, {self.repeats} "
+                f"repeats and {self.n_threads} threads given; at least one detector, and positive numbers, wanted"
             )
 
 
@@ -119,20 +123,49 @@ def score_detectors(
     Raises:
         TooFewImagesError: If no class has 2 images to draw from.
     """
+
+    def run_of(trial: _Trial) -> dict[str, _Measurement]:
+        detector = protocol.detectors[trial.detector](protocol.seed + trial.run)
+        _fit(detector, clean.rows(trial.drawn), trained_on.rows(trial.drawn))
+        return dict(_test(detector, clean, tests, trial.drawn))
+
+    trials = [
+        _Trial(name, n, run, drawn)
+        for n, run, drawn in _draws(protocol, labels, trainable)
+        for name in protocol.detectors
+    ]
+    with ThreadPoolExecutor(protocol.n_threads) as pool:
+        found = list(pool.map(run_of, trials))
     measured: dict[tuple[str, str, int], list[_Measurement]] = {}
-    for n, run, drawn in _draws(protocol, labels, trainable):
-        held_out = np.ones(len(labels), bool)
-        held_out[drawn] = False
-        for name, make in protocol.detectors.items():
-            detector = make(protocol.seed + run)
-            _fit(detector, clean.rows(drawn), trained_on.rows(drawn))
-            clean_scores = detector.score(*clean)
-            for test, (attacked, counted) in tests.items():
-                rows = np.flatnonzero(held_out & counted)
-                if len(rows):
-                    found = _measure(clean_scores[rows], detector.score(*attacked.rows(rows)), len(drawn))
-                    measured.setdefault((test, name, n), []).append(found)
+    for trial, by_test in zip(trials, found, strict=True):
+        for test, measurement in by_test.items():
+            measured.setdefault((test, trial.detector, trial.n_per_class), []).append(measurement)
     return {test: scores for test in tests if (scores := _summaries(protocol, test, measured))}
+
+
+class _Trial(NamedTuple):
+    """One detector to be trained on one draw."""
+
+    detector: str
+    n_per_class: int
+    run: int
+    drawn: NDArray[np.intp]
+
+
+def _test(
+    detector: Detector,
+    clean: Seen,
+    tests: Mapping[str, tuple[Seen, NDArray[np.bool_]]],
+    drawn: NDArray[np.intp],
+) -> Iterator[tuple[str, _Measurement]]:
+    """What a trained detector reaches in each test, on the images that were not drawn."""
+    held_out = np.ones(len(clean.preds), bool)
+    held_out[drawn] = False
+    clean_scores = detector.score(*clean)
+    for test, (attacked, counted) in tests.items():
+        rows = np.flatnonzero(held_out & counted)
+        if len(rows):
+            yield test, _measure(clean_scores[rows], detector.score(*attacked.rows(rows)), len(drawn))
 
 
 def _draws(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from decouplify._optional import new_axes, write_title
+from decouplify.adversarial.observations import OF_PATHS
 from decouplify.adversarial.protocol import Score
 from decouplify.paths._results import Result
 from decouplify.paths._text import plain, text_table
@@ -24,7 +25,7 @@ class DetectionRow:
     """One comparison: what detectors saw, what they were trained on, and what they were tested on.
 
     Attributes:
-        features: What was seen of an image: ``"paths"``, ``"softmax"``, ...
+        features: What was seen of an image: ``"paths"``, ``"margins"``, ``"softmax"``, ...
         trained_on: What the clean images were told from in training.
         tested_on: What they are told from in testing.
         n_attacked: Clean images that were classified correctly and therefore attacked.
@@ -93,17 +94,24 @@ class DetectionResult(Result):
         raise KeyError(f"no row {name!r}; there are {'; '.join(row.name for row in self.rows)}")
 
     def kind(self, row: DetectionRow) -> str:
-        """``"attack"``: paths against the attack; ``"baseline"``: something else against it; else ``"control"``."""
+        """``"attack"``: paths or margins against it; ``"baseline"``: something else against it; else ``"control"``."""
         if not row.trained_on == row.tested_on == self.attack:
             return "control"
-        return "attack" if row.features == "paths" else "baseline"
+        return "attack" if row.features in OF_PATHS else "baseline"
 
-    def beaten_by(self, detector: str, n_per_class: int) -> list[DetectionRow]:
-        """Baselines with a higher AUC than paths for the same detector, number of training images, and images."""
+    def beaten_by(self, detector: str, n_per_class: int, features: str | None = None) -> list[DetectionRow]:
+        """Baselines with a higher AUC than paths for the same detector, number of training images, and images.
+
+        Args:
+            detector: Name of the detector.
+            n_per_class: Number of training images.
+            features: ``"paths"`` or ``"margins"``; those of the first row if not given.
+        """
+        features = self.rows[0].features if features is None else features
         better = []
         for row in self.rows:
             if self.kind(row) == "baseline":
-                ours = self.row(replace(row, features="paths").name)
+                ours = self.row(replace(row, features=features).name)
                 if row.score(detector, n_per_class).auc_mean > ours.score(detector, n_per_class).auc_mean:
                     better.append(row)
         return better

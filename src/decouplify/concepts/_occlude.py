@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from decouplify.concepts._switches import GateSwitches, ResponseSwitches, Switches
 from decouplify.concepts.data import Concept, ConceptDataset, ConceptImage, Pixels, resize_nearest
 from decouplify.concepts.features import FeatureTap, stream
 from decouplify.decoupling import decoupling_of
-from decouplify.plan import Site
 
 Fill: TypeAlias = Literal["black", "mean", "blur", "noise"]
 FILLS: tuple[Fill, ...] = ("black", "mean", "blur", "noise")
@@ -22,6 +22,15 @@ Mask: TypeAlias = NDArray[np.bool_]
 _N_SHIFTS = 32
 # What is hidden shall be seen by the network, and something shall be left to see.
 AREA = (0.002, 0.8)
+
+
+class Reading(TypedDict):
+    """How images are read for what all of them together say: at most how many, how many at a time, which of them."""
+
+    max_images: int
+    batch_size: int
+    seed: int
+    progress: bool | None
 
 
 class Changes(NamedTuple):
@@ -99,7 +108,7 @@ def is_hideable(image: ConceptImage, number: int) -> bool:
 
 def changes(
     tap: FeatureTap,
-    sites: Sequence[Site],
+    switches: Switches,
     image: ConceptImage,
     masks: Sequence[Mask],
     dataset: ConceptDataset,
@@ -111,43 +120,55 @@ def changes(
     def read(pixels: Sequence[Pixels]) -> Tensor:
         return torch.stack([dataset.transform(p) for p in pixels]).to(tap.device)
 
-    decoupling = decoupling_of(tap.model)
-    maps = {name: features[0] for name, features in tap(read([image.pixels])).items()}
-    before, margins_before = decoupling.gates(), decoupling.margins()
+    whole = tap(read([image.pixels]))
+    before, path = switches.margins(whole), switches.path()
     controls = [control_mask(mask, rng) for mask in masks]
-    tap(read([hide(image.pixels, mask, fill, rng) for mask in controls]))
-    control = decoupling.gates()
+    control = switches.margins(tap(read([hide(image.pixels, mask, fill, rng) for mask in controls])))
     hidden = read([hide(image.pixels, mask, fill, rng) for mask in masks])
-    tap(hidden)
-    after, margins_after = decoupling.gates(), decoupling.margins()
-    # Controllers decide before their layer runs and forced gates do not ask them, so one run with all gates held tells
-    # for every layer what its controller says when nothing before it has switched.
-    with decoupling.forced({name: z[0] for name, z in before.items()}):
-        tap(hidden)
-    direct = decoupling.margins()
-    return maps, {
-        site.name: Changes(
-            before=before[site.gate][0] > 0,
-            after=after[site.gate] > 0,
-            direct=direct[site.gate] > 0,
-            control=control[site.gate] > 0,
-            margin_before=margins_before[site.gate][0].float(),
-            margin_after=margins_after[site.gate].float(),
+    after = switches.margins(tap(hidden))
+    direct = switches.direct(tap, hidden, path)
+    return {name: features[0] for name, features in whole.items()}, {
+        name: Changes(
+            before=margin[0] > 0,
+            after=after[name] > 0,
+            direct=direct[name] > 0,
+            control=control[name] > 0,
+            margin_before=margin[0].float(),
+            margin_after=after[name].float(),
         )
-        for site in sites
+        for name, margin in before.items()
     }
 
 
-def gated_sites(model: nn.Module, layers: Sequence[str], caller: str) -> list[Site]:
-    """The sites of those names.
+def switches_of(
+    model: nn.Module,
+    dataset: ConceptDataset,
+    layers: Sequence[str],
+    caller: str,
+    *,
+    real: bool,
+    **reading: Unpack[Reading],
+) -> Switches:
+    """What says which filters of the layers are open.
+
+    Args:
+        model: A wrapped model, or a copy with open gates of one that has none.
+        dataset: The images, for mean responses.
+        layers: Names of sites.
+        caller: For messages.
+        real: Whether the gates decide, rather than the responses.
+        **reading: For the means.
 
     Raises:
-        ValueError: If the model is not wrapped, or a layer is not gated.
+        ValueError: If a layer is not gated.
     """
-    sites = {site.name: site for site in decoupling_of(model, caller).plan.sites}
+    decoupling = decoupling_of(model, caller)
+    sites = {site.name: site for site in decoupling.plan.sites}
     if other := [name for name in layers if name not in sites]:
         raise ValueError(f"{caller}: {other[0]!r} is not a gated convolution; those are {', '.join(sites)}")
-    return [sites[name] for name in layers]
+    if real:
+        return GateSwitches(decoupling, [sites[name] for name in layers])
+    return ResponseSwitches.of(model, dataset, layers, **reading)
 
 
 def check_fill(fill: str, caller: str) -> None:

@@ -22,14 +22,16 @@ from decouplify.concepts._occlude import (
     Changes,
     Fill,
     Mask,
+    Reading,
     changes,
     check_fill,
-    gated_sites,
     hide,
     images_with,
+    switches_of,
 )
 from decouplify.concepts._overlap import active_masks, overlap
 from decouplify.concepts._pictures import overlay, picture_grid, show
+from decouplify.concepts._switches import check_thresholds, is_wrapped, with_sites
 from decouplify.concepts.data import Concept, ConceptDataset, ConceptImage, Pixels, find_concept
 from decouplify.concepts.features import FeatureTap, order_of
 from decouplify.concepts.thresholds import Thresholds, collect_thresholds
@@ -288,7 +290,9 @@ def occlude_concept(
     concept but with the gates of the whole image.
 
     Args:
-        model: A wrapped model.
+        model: A wrapped model; or one without gates, whose filters count as open where their mean response is above
+            that of all images (``pseudo_paths``, rule "mean"), in the sites that ``wrap`` would find. There
+            every switch is a direct one.
         dataset: The labelled images.
         concept: Name or number of the concept.
         layers: Gated convolutions; the last three if not given, as in the paper.
@@ -297,27 +301,28 @@ def occlude_concept(
         max_images: At most so many.
         fill: What to fill the hidden part with, before normalisation: "black" as in the paper, "mean", "blur" or
             "noise".
-        thresholds: Of these layers; collected first if not given.
-        threshold_images: At most so many images for that.
+        thresholds: Of these layers of a wrapped model; collected first if not given.
+        threshold_images: At most so many images for that, and for mean responses.
         n_examples: Images kept for ``plot_examples``.
         batch_size: Images per run while collecting thresholds.
         seed: Seed of the choice of images, of controls and of noise.
         progress: Show a progress bar; if not given, only on a terminal and with rich installed.
 
     Raises:
-        ValueError: If the model is not wrapped, there is no such concept, layer or filling, or no image has the
+        ValueError: If the model has no site, there is no such concept, layer or filling, or no image has the
             concept.
         NonFiniteError: If an image or a feature is not finite.
     """
     check_fill(fill, "occlude_concept")
     known = find_concept(dataset, concept)
+    name, real, model = type(model).__name__, is_wrapped(model), with_sites(model, dataset)
+    check_thresholds(thresholds is None or real, "occlude_concept", name)
     names = [site.name for site in decoupling_of(model, "occlude_concept").plan.sites][-3:]
     names = names if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    sites = gated_sites(model, names, "occlude_concept")
+    reading: Reading = {"max_images": threshold_images, "batch_size": batch_size, "seed": seed, "progress": progress}
+    switches = switches_of(model, dataset, names, "occlude_concept", real=real, **reading)
     if thresholds is None:
-        thresholds = collect_thresholds(
-            model, dataset, names, max_images=threshold_images, batch_size=batch_size, seed=seed, progress=progress
-        )
+        thresholds = collect_thresholds(model, dataset, names, **reading)
     rng = np.random.default_rng(seed)
     order = order_of(dataset, None, seed, "occlude_concept") if indices is None else list(indices)
     rows = _Rows(known, names, n_examples)
@@ -325,7 +330,7 @@ def occlude_concept(
         limits = thresholds.of(names, model, tap.device)
         for image in islice(images_with(dataset, known, order, batch_size, progress), max_images):
             mask = image.mask(known.number)
-            maps, by_site = changes(tap, sites, image, [mask], dataset, fill, rng)
+            maps, by_site = changes(tap, switches, image, [mask], dataset, fill, rng)
             rows.add(image, hide(image.pixels, mask, fill, rng), maps, by_site, limits)
     if not rows.images:
         raise ValueError(
@@ -338,7 +343,7 @@ def occlude_concept(
         area=np.array(rows.area),
         fill=fill,
         examples=tuple(rows.examples),
-        model=type(model).__name__,
+        model=name,
     )
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from decouplify._optional import new_axes, write_title
-from decouplify.concepts._occlude import Changes, Fill, changes, check_fill, gated_sites, is_hideable
+from decouplify.concepts._occlude import Changes, Fill, Reading, changes, check_fill, is_hideable, switches_of
 from decouplify.concepts._overlap import active_masks, overlap
+from decouplify.concepts._switches import check_thresholds, is_wrapped, with_sites
 from decouplify.concepts.data import Concept, ConceptDataset, ConceptImage
 from decouplify.concepts.features import FeatureTap, layers_or_default, order_of, stream
 from decouplify.concepts.thresholds import Thresholds, collect_thresholds
@@ -182,21 +183,22 @@ def representation_ability(
     """How well the best filter, and the filters that hiding a concept switches off, cover the concept.
 
     Args:
-        model: A wrapped model: without gates nothing switches off.
+        model: A wrapped model; or one without gates, whose filters count as open where their mean response is above
+            that of all images (``pseudo_paths``, rule "mean"), in the sites that ``wrap`` would find.
         dataset: The labelled images.
         layers: Gated convolutions; the last one of every resolution if not given.
         categories: Categories of concepts to look at. Concepts of whole images cannot be hidden.
         images_per_concept: Images looked at for each concept, if there are so many.
         max_images: Images looked at in all.
         fill: What to fill the hidden part with, before normalisation: "black", "mean", "blur" or "noise".
-        thresholds: Of these layers; collected first if not given.
-        threshold_images: At most so many images for that.
+        thresholds: Of these layers of a wrapped model; collected first if not given.
+        threshold_images: At most so many images for that, and for mean responses.
         batch_size: Images per run while collecting thresholds, and images read at a time.
         seed: Seed of the choice of images, of controls and of noise.
         progress: Show a progress bar; if not given, only on a terminal and with rich installed.
 
     Raises:
-        ValueError: If the model is not wrapped, there is no such layer or filling, or no image has a concept of the
+        ValueError: If the model has no site, there is no such layer or filling, or no image has a concept of the
             categories.
         NonFiniteError: If an image or a feature is not finite.
     """
@@ -204,13 +206,14 @@ def representation_ability(
     if images_per_concept < 1:
         raise ValueError(f"representation_ability: images_per_concept is {images_per_concept}, wanted at least 1")
     wanted = (categories,) if isinstance(categories, str) else tuple(categories)
+    name, real, model = type(model).__name__, is_wrapped(model), with_sites(model, dataset)
+    check_thresholds(thresholds is None or real, "representation_ability", name)
     names = layers_or_default(model, layers, dataset, "representation_ability")
-    sites = gated_sites(model, names, "representation_ability")
+    reading: Reading = {"max_images": threshold_images, "batch_size": batch_size, "seed": seed, "progress": progress}
+    switches = switches_of(model, dataset, names, "representation_ability", real=real, **reading)
     order = order_of(dataset, max_images, seed, "representation_ability")
     if thresholds is None:
-        thresholds = collect_thresholds(
-            model, dataset, names, max_images=threshold_images, batch_size=batch_size, seed=seed, progress=progress
-        )
+        thresholds = collect_thresholds(model, dataset, names, **reading)
     rng = np.random.default_rng(seed)
     rows = _Rows([c for c in dataset.concepts if c.category in wanted], images_per_concept)
     with FeatureTap(model, names) as tap:
@@ -219,14 +222,14 @@ def representation_ability(
         for image in (image for images in batches for image in images):
             if concepts := rows.wanted(image):
                 masks = [image.mask(concept.number) for concept in concepts]
-                maps, by_site = changes(tap, sites, image, masks, dataset, fill, rng)
+                maps, by_site = changes(tap, switches, image, masks, dataset, fill, rng)
                 rows.add(image, concepts, maps, by_site, limits)
     if not rows.seen:
         raise ValueError(
             f"representation_ability: none of {len(order)} images has a concept of {', '.join(wanted)} on 0.2 to 80 % "
             "of its area"
         )
-    return Representation(rows.covers(names), tuple(names), rows.n_images, fill, type(model).__name__)
+    return Representation(rows.covers(names), tuple(names), rows.n_images, fill, name)
 
 
 class _Row(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,13 @@ class Result(ABC):
             ax: Where to draw; a new figure, unknown to pyplot, if not given.
         """
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, **drawing: Any) -> Path:
         """Write the result to a file; the suffix says as what.
 
         Args:
             path: ``.json`` for all numbers, ``.txt`` for the summary, or a suffix of pictures such as ``.png``,
                 ``.svg`` or ``.pdf`` for the plot.
+            **drawing: For a picture, what ``plot`` shall be called with, such as ``class_names`` of a map.
 
         Returns:
             The absolute path.
@@ -54,11 +56,11 @@ class Result(ABC):
         elif target.suffix == ".txt":
             target.write_text(self.summary() + "\n", encoding="utf-8")
         else:
-            self._save_picture(target)
+            self._save_picture(target, drawing)
         return target
 
-    def _save_picture(self, target: Path) -> None:
-        figure = self.plot().get_figure(root=True)
+    def _save_picture(self, target: Path, drawing: Mapping[str, Any]) -> None:
+        figure = self.plot(**drawing).get_figure(root=True)
         assert figure is not None
         known = sorted(figure.canvas.get_supported_filetypes())
         if target.suffix.lstrip(".") not in known:

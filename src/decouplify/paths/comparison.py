@@ -18,7 +18,7 @@ from decouplify.paths.maps import PathMap, path_map
 from decouplify.paths.pathset import PathSet
 from decouplify.paths.pseudo import Rule, pseudo_paths
 from decouplify.paths.recording import record
-from decouplify.paths.states import label_layers
+from decouplify.paths.states import label_layers, layers_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,13 +91,14 @@ class BeforeAfter(Result):
             ax: Where to draw; a new figure, unknown to pyplot, if not given.
         """
         layers = self.after.layers
-        ax = new_axes(min(16.0, max(5.0, 2.5 + 0.35 * len(layers))), 4.5) if ax is None else ax
+        ax = new_axes(layers_width(len(layers)), 4.5) if ax is None else ax
         x = np.arange(len(layers))
         for shift, information, color, name in zip(
             (-0.2, 0.2), self.information, ("#8a93a0", "#35587f"), ("before", "after"), strict=True
         ):
             bits = [information.information[part].mean() for part in filter_slices(layers)]
             ax.bar(x + shift, bits, 0.4, color=color, label=name)
+        ax.margins(x=0.01)
         label_layers(ax, [layer.name for layer in layers])
         ax.set_ylabel("information about the class, bits per filter")
         ax.spines[["top", "right"]].set_visible(False)
@@ -107,7 +108,7 @@ class BeforeAfter(Result):
 
     def plot_maps(self, class_names: Sequence[str] | Mapping[int, str] | None = None) -> tuple[Axes, Axes]:
         """Both maps side by side (Figure 3 of the paper before and after), as the two axes of one new figure."""
-        figure = import_optional("matplotlib.figure", "plotting").Figure(figsize=(13, 5.5), layout="constrained")
+        figure = import_optional("matplotlib.figure", "plotting").Figure(figsize=(14, 5.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         for ax, shown, title in ((left, self.maps[0], "Before"), (right, self.maps[1], "After")):
             shown.plot(ax, class_names=class_names)

@@ -20,7 +20,7 @@ from decouplify.paths._text import percent, plain, text_table
 from decouplify.paths.information import information_of
 from decouplify.paths.interventions import force_all
 from decouplify.paths.pathset import PathSet
-from decouplify.paths.states import label_layers
+from decouplify.paths.states import label_layers, layers_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ class Contrast(LayeredResult):
         side = self.names[0] if difference > 0 else self.names[1]
         return (
             f"{len(found)} of {len(self.rate_a)} filters differ, most of all {name}, filter {index}: "
-            f"open for {side} ({abs(difference):.0%} of the images apart)"
+            f"open for {side} ({100 * abs(difference):.0f} % of the images apart)"
         )
 
     def summary(self) -> str:
@@ -106,7 +106,7 @@ class Contrast(LayeredResult):
             ax: Where to draw; a new figure, unknown to pyplot, if not given.
         """
         n_layers = len(self.layers)
-        ax = new_axes(min(16.0, max(5.0, 2.5 + 0.35 * n_layers)), 4.5) if ax is None else ax
+        ax = new_axes(layers_width(n_layers), 4.5) if ax is None else ax
         rng = np.random.default_rng(0)
         for x, part in enumerate(filter_slices(self.layers)):
             heights = self.difference[part][self.difference[part] != 0]

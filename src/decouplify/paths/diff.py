@@ -12,7 +12,7 @@ from decouplify._optional import new_axes, write_title
 from decouplify.paths._layout import LayerSpec, filter_slices
 from decouplify.paths._results import LayeredResult
 from decouplify.paths._text import percent, text_table
-from decouplify.paths.states import label_layers
+from decouplify.paths.states import label_layers, layers_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +92,7 @@ class PathDiff(LayeredResult):
             ax: Where to draw; a new figure, unknown to pyplot, if not given.
         """
         n_layers, n = len(self.layers), max(self.n_images, 1)
-        ax = new_axes(min(16.0, max(5.0, 2.5 + 0.35 * n_layers)), 4.5) if ax is None else ax
+        ax = new_axes(layers_width(n_layers), 4.5) if ax is None else ax
         parts = filter_slices(self.layers)
         for counts, sign, color, name in (
             (self.turned_on, 1, "#35587f", "on"),
@@ -101,6 +101,7 @@ class PathDiff(LayeredResult):
             heights = [sign * counts[part].sum() / n for part in parts]
             ax.bar(range(n_layers), heights, width=0.85, color=color, label=f"turned {name}")
         ax.axhline(0, color="0.4", linewidth=0.8)
+        ax.margins(x=0.01)
         label_layers(ax, [layer.name for layer in self.layers])
         ax.set_ylabel("filters per image")
         ax.spines[["top", "right"]].set_visible(False)

@@ -18,7 +18,7 @@ from decouplify.paths._layout import LayerSpec, filter_slices
 from decouplify.paths._results import LayeredResult
 from decouplify.paths._text import text_table
 from decouplify.paths.pathset import By, PathSet
-from decouplify.paths.states import label_layers
+from decouplify.paths.states import label_layers, layers_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +107,7 @@ class ClassInformation(LayeredResult):
             ax: Where to draw; a new figure, unknown to pyplot, if not given.
         """
         n_layers = len(self.layers)
-        ax = new_axes(min(16.0, max(5.0, 2.5 + 0.35 * n_layers)), 4.5) if ax is None else ax
+        ax = new_axes(layers_width(n_layers), 4.5) if ax is None else ax
         per_layer = [self.information[part] for part in filter_slices(self.layers)]
         line = {"color": "#35587f"}
         ax.boxplot(
@@ -122,7 +122,12 @@ class ClassInformation(LayeredResult):
             capprops=line,
             manage_ticks=False,
         )
-        ax.plot(range(n_layers), [bits.max() for bits in per_layer], "o", color="#35587f", markersize=4)
+        ax.plot([], [], color="#e08214", linewidth=2, label="median")
+        ax.plot(
+            range(n_layers), [bits.max() for bits in per_layer], "o", color="#35587f", markersize=4, label="best filter"
+        )
+        ax.legend(loc="upper left", frameon=False)
+        ax.margins(x=0.01)
         label_layers(ax, [layer.name for layer in self.layers])
         ax.set_ylabel("information about the class, bits")
         ax.spines[["top", "right"]].set_visible(False)

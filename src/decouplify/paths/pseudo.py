@@ -115,7 +115,7 @@ def pseudo_paths(
     _check_rule(rule, quantile)
     if thresholds is None and rule in ("mean", "quantile"):
         _check_readable_twice(loader)
-    observed = _observable_copy(model, like, wrap_options)
+    observed = observable_copy(model, like, wrap_options)
     gates: _Gates
     if rule == "cdrp":
         gates = _RoutingGates(observed, gamma, steps, lr)
@@ -161,7 +161,7 @@ def pseudo_thresholds(
     _check_rule(rule, quantile)
     if rule == "cdrp":
         raise ValueError('pseudo_thresholds: "cdrp" fits every image by itself and has no thresholds')
-    observed = _observable_copy(model, like, wrap_options)
+    observed = observable_copy(model, like, wrap_options)
     options = {"max_images": max_images, "device": device, "progress": progress}
     return _thresholds(observed, loader, rule, quantile, options)
 
@@ -181,7 +181,7 @@ def _check_readable_twice(loader: Iterable[Any]) -> None:
         )
 
 
-def _observable_copy(model: nn.Module, like: nn.Module | None, wrap_options: Mapping[str, Any]) -> nn.Module:
+def observable_copy(model: nn.Module, like: nn.Module | None, wrap_options: Mapping[str, Any]) -> nn.Module:
     """A copy with open gates at every site: it computes what the model computes, and its responses can be watched."""
     if isinstance(getattr(model, "decoupling", None), Decoupling):
         raise ValueError(

@@ -289,6 +289,13 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _check_finite(images: Tensor, where: str) -> None:
+    """Raise unless all values are finite.
+
+    A sum with NaN or infinity in it is not finite, and takes a tenth of the time of looking at every value. Finite
+    values whose sum is not are looked at one by one.
+    """
+    if images.dtype in (torch.float32, torch.float64) and torch.isfinite(images.sum()):
+        return
     finite = torch.isfinite(images).flatten(1).all(dim=1)
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()

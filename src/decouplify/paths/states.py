@@ -153,7 +153,7 @@ class FilterStates(Result):
             counts: Draw numbers of filters instead of shares of the layer.
         """
         n_layers = len(self.layers)
-        ax = new_axes(min(16.0, max(5.0, 2.5 + 0.35 * n_layers)), 4.5) if ax is None else ax
+        ax = new_axes(layers_width(n_layers), 4.5) if ax is None else ax
         sizes = np.array([layer.n_filters for layer in self.layers])
         heights = np.array([(s.n_silent, s.n_dynamic, s.n_energetic) for s in self.layers])
         shown = heights if counts else 100 * heights / sizes[:, None]
@@ -331,6 +331,11 @@ def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
 
 def _table_row(depth: str, name: str, states: tuple[int, int, int], rate: NDArray[np.float64]) -> list[str]:
     return [depth, name, str(sum(states)), *map(str, states), f"{rate.mean():.3f}"]
+
+
+def layers_width(n_layers: int) -> float:
+    """Inches of a figure with something per layer; no more than leaves the text legible in the column of a page."""
+    return min(11.0, max(5.0, 2.5 + 0.35 * n_layers))
 
 
 def label_layers(ax: Axes, names: Sequence[str]) -> None:

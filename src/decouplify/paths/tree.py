@@ -31,6 +31,14 @@ __all__ = ["DecisionTree", "TreeNode", "decision_tree"]
 
 ClassNames = Sequence[str] | Mapping[int, str]
 
+_WORDS = 2.7  # inches that the words at a split take
+_PAPER: dict[str, Any] = {
+    "boxstyle": "square,pad=0.1",
+    "facecolor": "white",
+    "edgecolor": "none",
+    "alpha": 0.85,
+}  # behind words
+
 
 @dataclass(frozen=True)
 class TreeNode:
@@ -148,13 +156,24 @@ class DecisionTree(Result):
         """
         placed = place(self)
         n_layers = len(self.layers)
-        size = min(16.0, max(6.0, 4 + 0.25 * n_layers)), max(2.5, 0.9 + 0.42 * len(placed.ends))
+        size = min(11.0, max(6.0, 4 + 0.25 * n_layers)), max(2.5, 0.9 + 0.42 * len(placed.ends))
         ax = new_axes(*size) if ax is None else ax
         for xs, ys in placed.branches:
             ax.plot(xs, ys, color="0.6", linewidth=1.4, zorder=1, solid_joinstyle="round")
         for node, (x, y) in placed.splits:
             ax.plot([x], [y], "o", color="#e08214", markersize=7, zorder=2)
-            ax.annotate(_split_words(node), (x, y), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="right")
+            # Between the branches there is room to the right, but not near the end, where the names of classes are.
+            beside = x < n_layers * (1 - _WORDS / (size[0] - 1.2))
+            ax.annotate(
+                _split_words(node),
+                (x, y),
+                xytext=(7, 0) if beside else (0, 6),
+                textcoords="offset points",
+                ha="left" if beside else "right",
+                va="center" if beside else "baseline",
+                fontsize=7.5,
+                bbox=_PAPER,
+            )
         for node, (x, y) in placed.ends:
             ax.annotate(self._names(node), (x, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
         ax.set_xlim(-1.2, n_layers)
@@ -217,7 +236,7 @@ def decision_tree(
     threshold: float = 0.7,
     false_share: float = 0.05,
     min_effect: float = 0.005,
-    min_purity: float = 0.6,
+    min_purity: float = 0.75,
     max_per_class: int = 50,
     n_null: int = 50,
     seed: int = 0,

@@ -181,7 +181,7 @@ def _states(found: Findings) -> Chart:
     figure = _figure(traces, **layout, xaxis={"type": "category", "automargin": True}, yaxis=axis)
     caption = f"Per layer, in execution order. Together: {found.states.headline()}"
     alt = f"Stacked bars of silent, dynamic and energetic filters per layer. {found.states.headline()}"
-    return Chart("states", figure, caption, alt, 22, min(80.0, 1.4 * len(names) + 6))
+    return Chart("states", figure, caption, alt, 22, min(80.0, 1.0 * len(names) + 5))
 
 
 def _histogram(found: Findings) -> Chart:
@@ -271,13 +271,14 @@ def _information(found: Findings) -> Chart:
     )
     layout = {"legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"}}
     axes = {
-        "xaxis": {"type": "category", "automargin": True},
+        # Or the dots would ask for room on both sides.
+        "xaxis": {"type": "category", "automargin": True, "range": [-0.6, len(names) - 0.4]},
         "yaxis": {"title": {"text": "bits about the class"}, "rangemode": "tozero"},
     }
     figure = _figure([mean, best], **layout, **axes)
     caption = information.headline()
     alt = f"What filters tell about the class, per layer. {caption}"
-    return Chart("information", figure, caption, alt, 20, min(80.0, 1.4 * len(names) + 6))
+    return Chart("information", figure, caption, alt, 20, min(80.0, 1.0 * len(names) + 5))
 
 
 def _tree(found: Findings) -> Chart:
