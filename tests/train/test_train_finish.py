@@ -27,8 +27,8 @@ def with_spread_gates(model: nn.Module) -> nn.Module:
 
 
 NETWORKS = {
-    "resnet": lambda: CifarResNet(1, width=4),
-    "vgg": lambda: CifarVgg(width=0.05),
+    "resnet": lambda: CifarResNet(1, width=8),
+    "vgg": lambda: CifarVgg(width=0.15),
     "googlenet": lambda: CifarGoogLeNet(width=0.05),
 }
 
