@@ -209,7 +209,8 @@ gates. Made by `python benchmarks/latency.py --out docs/results/latency.jsonl --
 - Sparse form: {backends}.
 - One process, pinned to its cores. All contenders run once per round, in rotating order, after two rounds of warm-up.
   Times are wall-clock medians over rounds; a speedup is the median of the ratios within each round, with their 20th and
-  80th percentile.
+  80th percentile. With two threads on two cores the ranges are wide: threads that have just finished one contender's
+  work go on waiting actively for a while, and take time from the next.
 - Every contender's output is compared with PyTorch's in the same run, before anything is timed.
 - Weights are random unless the row says trained. Gates are drawn at random, for each filter and image by itself, with
   one probability for all; where a MAC reduction is asked for, bisection finds the probability. The controllers are

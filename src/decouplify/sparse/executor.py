@@ -55,6 +55,11 @@ class Program:
         self._placement = place(self.draft)
         self._plan, self._kept = build_plan(self.draft, self._placement)
         self._stretches = list(_stretches(self.draft.items, whole=fuse))
+        nodes = list(module.graph.nodes)
+        # What every run begins and ends with, found once: the engine needs less time for a small network.
+        self._image = next(n for n in nodes if n.op == "placeholder")
+        self._constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr"}
+        self._result = next(n for n in reversed(nodes) if n.op == "output").args[0]
         self._idle: list[native.Workspace] = []
         self._lock = threading.Lock()
         self.torch_seconds: dict[Node, float] = {}  # of the last image, by node that torch runs
@@ -155,20 +160,13 @@ class _Run:
     ) -> None:
         self.program, self.workspace, self.draft = program, workspace, program.draft
         self.observer, self.forced = observer, forced or {}
-        self.values: dict[Node, Any] = {}
-        self.image = image
+        self.values: dict[Node, Any] = {**program._constants, program._image: image}
         self.n_threads = torch.get_num_threads()
 
     def result(self) -> Any:
-        for node in self.program.module.graph.nodes:
-            if node.op == "placeholder":
-                self.values[node] = self.image
-            elif node.op == "get_attr":
-                self.values[node] = getattr(self.program.module, str(node.target))
         for item in self.program._stretches:
             self._do(item)
-        output = next(n for n in reversed(self.program.module.graph.nodes) if n.op == "output")
-        return self._resolve(output.args[0])
+        return self._resolve(self.program._result)
 
     def _resolve(self, value: Any) -> Any:
         """A structure of nodes as a structure of their values; ``map_arg`` would return immutable containers."""
