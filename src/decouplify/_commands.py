@@ -116,7 +116,7 @@ _Checkpoint = Annotated[Path, typer.Argument(help="A file written by train.", sh
 _Data = Annotated[
     str,
     typer.Option(
-        help='"digits", an .npz file, or a directory with a folder of pictures per class.', show_default=False
+        help='"digits", an .npz or .bin file, or a directory with a folder of pictures per class.', show_default=False
     ),
 ]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one.")]
