@@ -312,11 +312,21 @@ def decoupling_of(model: nn.Module, caller: str = "decouplify") -> Decoupling:
     Raises:
         ValueError: If the model is not wrapped.
     """
+    found = _find_decoupling(model)
+    if found is None:
+        raise ValueError(f"{caller}: {type(model).__name__} is not wrapped; call decouplify.wrap(model) first")
+    return found
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether ``decoupling_of`` finds gates."""
+    return _find_decoupling(model) is not None
+
+
+def _find_decoupling(model: nn.Module) -> Decoupling | None:
     inner: Any = model
     for attribute in ("module", "_orig_mod", "module"):
         if not isinstance(getattr(inner, "decoupling", None), Decoupling):
             inner = getattr(inner, attribute, inner)
     found = getattr(inner, "decoupling", None)
-    if not isinstance(found, Decoupling):
-        raise ValueError(f"{caller}: {type(model).__name__} is not wrapped; call decouplify.wrap(model) first")
-    return found
+    return found if isinstance(found, Decoupling) else None

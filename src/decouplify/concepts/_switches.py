@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from decouplify.concepts.data import ConceptDataset
 from decouplify.concepts.features import FeatureTap, order_of, stream, to_input
-from decouplify.decoupling import Decoupling, decoupling_of
+from decouplify.decoupling import Decoupling, is_wrapped
 from decouplify.paths.pseudo import observable_copy
 from decouplify.plan import Site
 
-__all__ = ["GateSwitches", "ResponseSwitches", "Switches", "check_thresholds", "is_wrapped", "with_sites"]
+__all__ = ["GateSwitches", "ResponseSwitches", "Switches", "check_thresholds", "with_sites"]
 
 _HELD_APART = 1e-6  # of the mean response: a filter that always responds alike is closed, however sums are rounded
 
@@ -31,15 +31,6 @@ class Switches(Protocol):
 
     def direct(self, tap: FeatureTap, images: Tensor, path: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Margins of the images, had each layer been reached on the given path of another image."""
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether the model has gates."""
-    try:
-        decoupling_of(model)
-    except ValueError:
-        return False
-    return True
 
 
 def with_sites(model: nn.Module, dataset: ConceptDataset) -> nn.Module:

@@ -31,11 +31,11 @@ from decouplify.concepts._occlude import (
 )
 from decouplify.concepts._overlap import active_masks, overlap
 from decouplify.concepts._pictures import overlay, picture_grid, show
-from decouplify.concepts._switches import check_thresholds, is_wrapped, with_sites
+from decouplify.concepts._switches import check_thresholds, with_sites
 from decouplify.concepts.data import Concept, ConceptDataset, ConceptImage, Pixels, find_concept
 from decouplify.concepts.features import FeatureTap, order_of
 from decouplify.concepts.thresholds import Thresholds, collect_thresholds
-from decouplify.decoupling import decoupling_of
+from decouplify.decoupling import decoupling_of, is_wrapped
 from decouplify.paths._results import Result
 from decouplify.paths._text import plain, text_table
 from decouplify.paths.states import label_layers

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from decouplify._optional import new_axes, write_title
 from decouplify.concepts._occlude import Changes, Fill, Reading, changes, check_fill, is_hideable, switches_of
 from decouplify.concepts._overlap import active_masks, overlap
-from decouplify.concepts._switches import check_thresholds, is_wrapped, with_sites
+from decouplify.concepts._switches import check_thresholds, with_sites
 from decouplify.concepts.data import Concept, ConceptDataset, ConceptImage
 from decouplify.concepts.features import FeatureTap, layers_or_default, order_of, stream
 from decouplify.concepts.thresholds import Thresholds, collect_thresholds
+from decouplify.decoupling import is_wrapped
 from decouplify.paths._results import Result
 from decouplify.paths._text import plain, text_table
 

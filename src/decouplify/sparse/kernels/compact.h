@@ -20,7 +20,8 @@ DECOUPLIFY_INLINE void store_lanes(float* p, Vec v, Lanes lanes) { _mm512_mask_s
 
 // The pixels among the positions from `at` on, the first n of them.
 DECOUPLIFY_INLINE Lanes lanes_at(const Geometry& g, int64_t at, int n) {
-  const auto pixels = static_cast<uint32_t>(_mm512_movepi32_mask((__m512i)load(reinterpret_cast<const float*>(g.mask) + at)));
+  const Vec mask = load(reinterpret_cast<const float*>(g.mask) + at);
+  const auto pixels = static_cast<uint32_t>(_mm512_movepi32_mask((__m512i)mask));
   return static_cast<Lanes>(n >= kLanes ? pixels : _pdep_u32((1u << n) - 1, pixels));
 }
 
@@ -52,7 +53,9 @@ DECOUPLIFY_INLINE Lanes lanes_at(const Geometry& g, int64_t at, int n) {
 }
 
 DECOUPLIFY_INLINE void compact(const float* plane, const Geometry& g, float* to) {
-  for (int y = 0; y < g.height; ++y) gather_row(plane + int64_t{y} * g.row, g.width, 0, 1, to + y * g.width, g.width, 0);
+  for (int y = 0; y < g.height; ++y) {
+    gather_row(plane + int64_t{y} * g.row, g.width, 0, 1, to + y * g.width, g.width, 0.0f);
+  }
 }
 
 #endif

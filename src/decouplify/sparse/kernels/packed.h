@@ -121,9 +121,9 @@ class PackedInput {
   Taps taps_;
   bool in_place_;
   int n_rest_ = 0;
-  float* x_;            // (tiles, rows, vectors of the tile)
-  float* rest_;         // (remaining pixels, weights of a filter), zero where a channel does not exist
-  int32_t* columns_;    // of each row, its place among the weights of a filter
+  float* x_;          // (tiles, rows, vectors of the tile)
+  float* rest_;       // (remaining pixels, weights of a filter), zero where a channel does not exist
+  int32_t* columns_;  // of each row, its place among the weights of a filter
 };
 
 // Products of pixels [first, first + n) to the plane of one filter.
