@@ -93,6 +93,11 @@ class Sliding:
         """How far the last tap lies beyond the output position, with stride 1."""
         return (self.kernel[axis] - 1) * self.dilation[axis] - self.padding[axis]
 
+    def outside(self, size: tuple[int, int], output: tuple[int, int]) -> int:
+        """How far windows reach beyond a map of this size, on whichever side it is farthest."""
+        last = [(output[i] - 1) * self.stride[i] + self.reach(i) for i in (0, 1)]
+        return max(0, *self.padding, *(last[i] - size[i] + 1 for i in (0, 1)))
+
     @property
     def has_four_taps_per_phase(self) -> bool:
         """Whether this is a square window of stride 2 of which each phase has four taps at most, and more than two."""

@@ -32,10 +32,16 @@ class UndefinedGateError(ArithmeticError):
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Engine steps [begin, end) and the slots they mention."""
+    """Engine steps [begin, end), and what they read from torch and give to it, by slot.
+
+    A small network takes a few milliseconds, after which nothing of Python is in the caches: everything that is the
+    same for all images is found once.
+    """
 
     begin: int
     end: int
+    loads: tuple[tuple[int, Node], ...]
+    stores: tuple[tuple[int, Node, Map], ...]
 
 
 class Program:
@@ -54,9 +60,9 @@ class Program:
         self.steps = self.draft.steps
         self._placement = place(self.draft)
         self._plan, self._kept = build_plan(self.draft, self._placement)
-        self._stretches = list(_stretches(self.draft.items, whole=fuse))
+        self._stretches = list(_stretches(self.draft, whole=fuse))
         nodes = list(module.graph.nodes)
-        # What every run begins and ends with, found once: the engine needs less time for a small network.
+        # What every run begins and ends with.
         self._image = next(n for n in nodes if n.op == "placeholder")
         self._constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr"}
         self._result = next(n for n in reversed(nodes) if n.op == "output").args[0]
@@ -69,7 +75,6 @@ class Program:
         """The plan inside the engine."""
         return self._plan
 
-    @torch.no_grad()
     def run(self, image: Tensor) -> Any:
         """What the model returns for one image.
 
@@ -82,7 +87,6 @@ class Program:
         with self._workspace() as workspace:
             return _Run(self, workspace, image).result()
 
-    @torch.no_grad()
     def run_observed(self, image: Tensor, observer: Callable[[str, Tensor], None], forced: Mapping[str, Tensor]) -> Any:
         """As ``run``, calling ``observer(node name, value)``; ``forced`` replaces gates by node name, 0 or 1 each."""
         with self._workspace() as workspace:
@@ -197,14 +201,14 @@ class _Run:
         return z
 
     def _run_steps(self, stretch: _Stretch) -> None:
-        steps = self.program.steps[stretch.begin : stretch.end]
-        if len(steps) == 1 and steps[0].kind is StepKind.CONTROL and self._force(steps[0]):
+        last = self.program.steps[stretch.end - 1]
+        if stretch.end - stretch.begin == 1 and last.kind is StepKind.CONTROL and self._force(last):
             return
-        slots = self._slots(steps)
+        slots = self._slots(stretch)
         if self.workspace.run(stretch.begin, stretch.end, slots, self.n_threads) is native.Status.UNDEFINED_GATE:
             raise UndefinedGateError
         if self.observer is not None:
-            self._show(steps[-1])
+            self._show(last)
 
     def _force(self, step: Step) -> bool:
         """Whether a gate was given instead of decided. The decision is shown in any case."""
@@ -220,20 +224,18 @@ class _Run:
         if step.kind is StepKind.STORE:
             self.observer(step.node.name, self.values[step.node].clone())
 
-    def _slots(self, steps: list[Step]) -> Any:
+    def _slots(self, stretch: _Stretch) -> Any:
         addresses = [0] * self.draft.n_slots
-        for step in steps:
-            if step.kind is StepKind.LOAD:
-                node = self.draft.loads[step.slot]
-                self.values[node] = self.values[node].contiguous()
-                addresses[step.slot] = self.values[node].data_ptr()
-            elif step.kind is StepKind.STORE:
-                node, stored = self.draft.stores[step.slot]
-                value = torch.empty((1, stored.channels, *stored.size) if stored.size else stored.shape)
-                addresses[step.slot] = value.data_ptr()
-                self.values[node] = value.permute(0, 2, 3, 1) if stored.channels_last else value
+        for slot, node in stretch.loads:
+            self.values[node] = self.values[node].contiguous()
+            addresses[slot] = self.values[node].data_ptr()
+        for slot, node, stored in stretch.stores:
+            value = torch.empty((1, stored.channels, *stored.size) if stored.size else stored.shape)
+            addresses[slot] = value.data_ptr()
+            self.values[node] = value.permute(0, 2, 3, 1) if stored.channels_last else value
         return native.slots_of(addresses)
 
+    @torch.no_grad()
     def _call_torch(self, node: Node) -> None:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
         start = time.perf_counter()
@@ -254,19 +256,26 @@ def name_of_call(module: GraphModule, node: Node) -> str:
     return aten.name_of(node)
 
 
-def _stretches(items: list[Item], whole: bool) -> Iterator[_Stretch | Item]:
+def _stretches(draft: Draft, whole: bool) -> Iterator[_Stretch | Item]:
     """Items with runs of steps joined; each step by itself unless ``whole``."""
     begin = end = 0
-    for item in items:
+    for item in draft.items:
         if isinstance(item, Step):
             end += 1
         if begin < end and (not whole or not isinstance(item, Step)):
-            yield _Stretch(begin, end)
+            yield _stretch(draft, begin, end)
             begin = end
         if not isinstance(item, Step):
             yield item
     if begin < end:
-        yield _Stretch(begin, end)
+        yield _stretch(draft, begin, end)
+
+
+def _stretch(draft: Draft, begin: int, end: int) -> _Stretch:
+    steps = draft.steps[begin:end]
+    loads = tuple((s.slot, draft.loads[s.slot]) for s in steps if s.kind is StepKind.LOAD)
+    stores = tuple((s.slot, *draft.stores[s.slot]) for s in steps if s.kind is StepKind.STORE)
+    return _Stretch(begin, end, loads, stores)
 
 
 def build_plan(draft: Draft, placement: Placement) -> tuple[native.Plan, dict[str, Tensor]]:

@@ -102,7 +102,7 @@ def _maps_with_sums(steps: list[Step]) -> set[Map]:
 
 
 def _borders(steps: list[Step]) -> dict[tuple[int, int], int]:
-    """The border each size needs: that of the most demanding step that writes it."""
+    """The border each size needs: that of the most demanding step that writes or reads it."""
     borders: dict[tuple[int, int], int] = defaultdict(int)
     for step in steps:
         for m in _maps_of(step):
@@ -114,6 +114,10 @@ def _borders(steps: list[Step]) -> dict[tuple[int, int], int]:
             is_maximum = step.kind is StepKind.WINDOW and step.window is WindowKind.MAX
             needed = step.sliding.border(step.input.size == step.output.size and not is_maximum)
             borders[step.output.size] = max(borders[step.output.size], needed)
+            if step.weights and step.kind is not StepKind.CONVOLUTION:
+                # Depthwise; the engine reads it in place whatever its stride.
+                outside = step.sliding.outside(step.input.size, step.output.size)
+                borders[step.input.size] = max(borders[step.input.size], outside)
     return borders
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import torch
@@ -103,7 +104,6 @@ class SparseModel(nn.Module):
         self._forget()
         self.lowered_for(self.plan.input_size)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Any:
         """What the wrapped model returns for a batch, computed image by image.
 
@@ -116,15 +116,17 @@ class SparseModel(nn.Module):
         self._check(images)
         lowered = self.lowered_for(tuple(images.shape[1:]))
         count(lowered.n_recorded_macs * len(images))
-        return _stack([self._run(lowered, image[None]) for image in images])
+        if len(images) == 1:
+            return self._run(lowered, images)
+        return _stack([self._run(lowered, image) for image in images.split(1)])
 
     def _run(self, lowered: Lowered, image: Tensor) -> Any:
         program = self.program_for(tuple(image.shape[1:])) if image.dtype == torch.float32 else None
-        if program is None:
-            return lowered.module(image)
-        try:
-            return program.run(image)
-        except UndefinedGateError:
+        if program is not None:
+            # The engine knows no gradients, so nothing here needs to switch them off, which takes longer than one thinks.
+            with suppress(UndefinedGateError):
+                return program.run(image)
+        with torch.no_grad():
             return lowered.module(image)
 
     @torch.no_grad()
@@ -249,8 +251,6 @@ def _to_cpu(tensor: Tensor) -> Tensor:
 
 def _stack(results: list[Any]) -> Any:
     """Batches of one joined along the first dimension, in whatever structure the model returns."""
-    if len(results) == 1:
-        return results[0]
     leaves = [pytree.tree_flatten(result)[0] for result in results]
     structure = pytree.tree_flatten(results[0])[1]
     if any(isinstance(leaf, Tensor) and leaf.dim() == 0 for leaf in leaves[0]):

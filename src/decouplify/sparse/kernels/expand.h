@@ -53,7 +53,7 @@ struct ExpandJob {
   const ConvolutionCall& call;  // of the input of the one and the output of the other
   const PixelSums& sums;
   Taps taps;
-  bool in_place;
+  bool by_rows, in_place;
   const PackedInput* packed;  // the input without borders, or null
   const int64_t* offsets;     // its channels where they are, if it is not packed
   const int32_t* columns;
@@ -66,7 +66,7 @@ struct ExpandJob {
   int n_bands() const {
     const int64_t per_row = int64_t{call.n_channels + 2 * kTileFilters} * window.in.row;
     const int n_rows = static_cast<int>(kBandFloats / per_row);
-    const int most = divide_up(n_vectors(), kTileVectors);
+    const int most = by_rows ? divide_up(window.out.height, kBlockRows) : divide_up(n_vectors(), kTileVectors);
     return smaller(divide_up(window.in.height, n_rows < 4 ? 4 : n_rows), most);
   }
 
@@ -77,13 +77,19 @@ struct ExpandJob {
             memory};
   }
 
+  // Of a band of whole blocks of rows.
+  int first_row(int i_band) const {
+    return part(divide_up(window.out.height, kBlockRows), n_bands(), i_band) * kBlockRows;
+  }
+
   void run(int index, int thread) const {
     const int i_band = index / n_groups(), group = index % n_groups();
-    const int v0 = part(n_vectors(), n_bands(), i_band), v1 = part(n_vectors(), n_bands(), i_band + 1);
     const int n0 = part(call.n_filters, n_groups(), group), n1 = part(call.n_filters, n_groups(), group + 1);
+    const int v0 = part(n_vectors(), n_bands(), i_band), v1 = part(n_vectors(), n_bands(), i_band + 1);
     // A vector may begin in one row and end in the next.
-    const int first = v0 * kLanes / window.out.row;
-    const int last = smaller(divide_up(v1 * kLanes, window.out.row), window.out.height);
+    const int first = by_rows ? first_row(i_band) : v0 * kLanes / window.out.row;
+    const int end = by_rows ? first_row(i_band + 1) : divide_up(v1 * kLanes, window.out.row);
+    const int last = smaller(end, window.out.height);
     const Band sized = band_under(first, last, nullptr);
     const int64_t n_floats = Band::filter_floats(window.in, sized.last() - sized.first()) * (n1 - n0);
     const Band band = band_under(first, last, scratch.products[thread].reserve(n_floats + kTileVectors * kLanes));
@@ -136,13 +142,15 @@ struct ExpandJob {
 
   void slide_filter(const Band& band, const float* plane, int i, int first, int last, int v0, int v1, int thread) const {
     const int filter = call.filters[i];
-    float* gathered = in_place ? nullptr : scratch.window[thread].reserve(taps.channel() + kTileVectors * kLanes);
-    if (!in_place) gather_band(band, plane, first, last, gathered);
-    const WindowInput in{in_place ? plane : gathered, taps.offset, taps.n, window.weight + int64_t{filter} * taps.n};
+    const float* weight = window.weight + int64_t{filter} * taps.n;
     TileOutput to{};
     to.out = call.out + filter * window.out.plane + window.out.origin;
     to.partial_sum = sums.of(thread, i);
     to.bias = window.bias[filter];
+    if (by_rows) return slide_rows(window, plane, weight, first, last, to);
+    float* gathered = in_place ? nullptr : scratch.window[thread].reserve(taps.channel() + kTileVectors * kLanes);
+    if (!in_place) gather_band(band, plane, first, last, gathered);
+    const WindowInput in{in_place ? plane : gathered, taps.offset, taps.n, weight};
     int v = v0;
     for (; v + 4 <= v1; v += 4) slide_and_finish<WindowKind::kDepthwise, 4>(in, window, int64_t{v} * kLanes, to);
     for (; v < v1; ++v) slide_and_finish<WindowKind::kDepthwise, 1>(in, window, int64_t{v} * kLanes, to);
@@ -185,7 +193,7 @@ static void expand_and_slide(const Convolution& expand, const Window& window, co
       for (int i = begin; i < end; ++i) job.run(i, thread);
     });
   };
-  ExpandJob job{expand, window, call, sums, taps, in_place, nullptr, nullptr, nullptr, scratch};
+  ExpandJob job{expand, window, call, sums, taps, slides_by_rows(window), in_place, nullptr, nullptr, nullptr, scratch};
   if (job.n_bands() == 1 && pays_to_pack(window.in, call.n_channels)) {
     const PackedInput packed(expand, call, scratch);
     job.packed = &packed;

@@ -76,14 +76,14 @@ struct TileOutput {
   float bias;
 };
 
-// out = activation(acc + bias + residual) on pixels and zero on border positions.
+// out = activation(acc + residual) on pixels and zero on border positions. Sums start from the bias.
 template <int NV, class Activate>
 DECOUPLIFY_INLINE void finish_row(const Vec (&acc)[NV], const TileOutput& to, const int32_t* mask,
                                   const Activate& activate) {
   Vec total{};
 #pragma GCC unroll 8
   for (int v = 0; v < NV; ++v) {
-    Vec y = acc[v] + to.bias;
+    Vec y = acc[v];
     if (to.residual != nullptr) y += load(to.residual + v * kLanes);
     y = keep(activate(y), (Mask)load(reinterpret_cast<const float*>(mask) + v * kLanes));
     total += y;
@@ -101,7 +101,7 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
   for (int n = 0; n < NB; ++n) {
     weight[n] = to[n].weight;
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[n][v] = Vec{};
+    for (int v = 0; v < NV; ++v) acc[n][v] = splat(to[n].bias);
   }
   // Outputs are rarely in the cache; with few channels the sums are done before a line has come.
   if (TAPS == 1 || in.n_channels < 4) {

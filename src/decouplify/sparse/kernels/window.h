@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "direct.h"
+#include "depthwise.h"
 
 namespace decouplify::DECOUPLIFY_ISA {
 
@@ -16,10 +16,10 @@ struct WindowInput {
 };
 
 template <WindowKind KIND, int NV>
-DECOUPLIFY_INLINE void slide_tile(const WindowInput& in, const Window& window, int64_t at, Vec (&acc)[NV]) {
-  constexpr float kStart = KIND == WindowKind::kMax ? -std::numeric_limits<float>::infinity() : 0.0f;
+DECOUPLIFY_INLINE void slide_tile(const WindowInput& in, const Window& window, int64_t at, float bias, Vec (&acc)[NV]) {
+  const float start = KIND == WindowKind::kMax ? -std::numeric_limits<float>::infinity() : bias;
 #pragma GCC unroll 8
-  for (int v = 0; v < NV; ++v) acc[v] = splat(kStart);
+  for (int v = 0; v < NV; ++v) acc[v] = splat(start);
   for (int t = 0; t < in.n_taps; ++t) {
     const float* x = in.x + in.tap[t] + at;
 #pragma GCC unroll 8
@@ -38,7 +38,7 @@ DECOUPLIFY_INLINE void slide_tile(const WindowInput& in, const Window& window, i
 template <WindowKind KIND, int NV>
 DECOUPLIFY_INLINE void slide_and_finish(const WindowInput& in, const Window& window, int64_t at, TileOutput to) {
   Vec acc[NV];
-  slide_tile<KIND, NV>(in, window, at, acc);
+  slide_tile<KIND, NV>(in, window, at, to.bias, acc);
   to.out += at;
   with_activation(window.activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
     finish_row<NV>(acc, to, window.out.mask + at, activate);
@@ -62,9 +62,9 @@ static void slide_any(const WindowInput& in, const Window& window, const TileOut
 }
 
 static void slide(const Window& window, const WindowCall& call, Scratch& scratch) {
-  const bool is_depthwise = window.kind == WindowKind::kDepthwise;
+  const bool is_depthwise = window.kind == WindowKind::kDepthwise, by_rows = slides_by_rows(window);
   // The border of the planes is zero, which is not what a maximum needs outside the image.
-  const bool in_place = reads_in_place(window) && window.kind != WindowKind::kMax;
+  const bool in_place = by_rows || (reads_in_place(window) && window.kind != WindowKind::kMax);
   Taps taps = taps_of(window);
   in_place ? place_in_plane(taps, window.in) : place_in_phases(taps, window.out);
   const float outside = window.kind == WindowKind::kMax ? -std::numeric_limits<float>::infinity() : 0.0f;
@@ -80,7 +80,7 @@ static void slide(const Window& window, const WindowCall& call, Scratch& scratch
                            is_depthwise ? window.weight + int64_t{channel} * taps.n : nullptr};
       const TileOutput to{nullptr, nullptr, call.out + channel * window.out.plane + window.out.origin, nullptr,
                           call.sums == nullptr ? nullptr : partial, is_depthwise ? window.bias[channel] : 0.0f};
-      slide_any(in, window, to);
+      by_rows && exists ? slide_rows(window, plane, in.weight, 0, window.out.height, to) : slide_any(in, window, to);
       if (call.sums != nullptr) call.sums[channel] = sum(load(partial));
     }
   });
