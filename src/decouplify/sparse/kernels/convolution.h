@@ -18,6 +18,12 @@ struct Convolution {
   Geometry in, out;
 };
 
+// Weights that the steps after a convolution read and do little with, so that they would wait for memory.
+struct Ahead {
+  const float* region[2];
+  int64_t n_lines[2];  // cache lines of each
+};
+
 // One image's share of a convolution: the channels that exist, the filters that are open.
 struct ConvolutionCall {
   const float* in;  // first plane of the input value
@@ -30,6 +36,7 @@ struct ConvolutionCall {
   const uint8_t* residual_live;  // per channel of that value, whether it exists
   float* sums;                   // per filter, receives the sum over its output pixels, or null
   int32_t n_threads;
+  Ahead ahead;  // to be fetched meanwhile
 };
 
 // Windows over each channel by itself: depthwise convolution and pooling.

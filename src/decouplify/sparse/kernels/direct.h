@@ -85,6 +85,7 @@ struct DirectJob {
     }
     TileInput in = input;
     in.x += v0 * kLanes;
+    in.ahead = stream_of(call.ahead, tile * n_filter_groups() + group, n_tiles() * n_filter_groups(), in.n_channels);
     tile_for(in.n_taps, n1 - n0, v1 - v0)(in, to, conv.out.mask + v0 * kLanes, conv.activation);
   }
 
@@ -140,7 +141,7 @@ static void convolve_direct(const Convolution& conv, const ConvolutionCall& call
   for (int group = 0; group < conv.groups; ++group) {
     const int c1 = position_of(call.channels, call.n_channels, c, (group + 1) * channels_per_group);
     const int f1 = position_of(call.filters, call.n_filters, f, (group + 1) * filters_per_group);
-    DirectJob{conv, call, sums, {x, offsets + c, columns + c, c1 - c, taps.offset, taps.n}, f, f1 - f}.run_all();
+    DirectJob{conv, call, sums, {x, offsets + c, columns + c, c1 - c, taps.offset, taps.n, {}}, f, f1 - f}.run_all();
     c = c1;
     f = f1;
   }

@@ -90,11 +90,34 @@ struct decouplify_plan {
   std::vector<decouplify_value> values;
   std::vector<decouplify_step> steps;
   std::vector<std::vector<float>> scales;  // per step, of averages
+  std::vector<decouplify::Ahead> ahead;    // per step
   std::vector<int32_t> gate_sizes;
 
   const Geometry& geometry(int32_t value) const { return geometries[values[value].geometry]; }
   bool is_vector(int32_t value) const { return values[value].geometry < 0; }
 };
+
+namespace {
+
+bool computes(int32_t kind) { return kind == kConvolution || kind == kExpand || kind == kWindow; }
+
+decouplify::Ahead ahead_of(const decouplify_plan& plan, size_t step) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  for (size_t i = step + 1; i < plan.steps.size() && !computes(plan.steps[i].kind); ++i) {
+    const decouplify_step& s = plan.steps[i];
+    if (s.kind == kLinear) {
+      return {{s.weight, nullptr}, {int64_t{plan.values[s.input].channels} * plan.values[s.output].channels / kLine, 0}};
+    }
+    if (s.kind == kControl) {
+      const int64_t hidden = s.hidden;
+      return {{s.weight, s.weight2},
+              {hidden * plan.values[s.input].channels / kLine, hidden * plan.gate_sizes[s.gate] / kLine}};
+    }
+  }
+  return {{plan.steps[step].weight, nullptr}, {0, 0}};
+}
+
+}  // namespace
 
 struct decouplify_workspace {
   std::vector<Floats> arenas;
@@ -119,7 +142,7 @@ class Run {
     switch (s.kind) {
       case kLoad: load(s); break;
       case kStore: store(s); break;
-      case kConvolution: convolve(s); break;
+      case kConvolution: convolve(s, plan_.ahead[index]); break;
       case kWindow: slide(s, plan_.scales[index].data()); break;
       case kAdd: add(s); break;
       case kScale: scale(s); break;
@@ -203,7 +226,7 @@ class Run {
     }
   }
 
-  void convolve(const decouplify_step& s) const {
+  void convolve(const decouplify_step& s, const decouplify::Ahead& ahead) const {
     const Channels &in = live(s.input), &filters = open(s);
     const decouplify_value &x = plan_.values[s.input], &y = plan_.values[s.output];
     decouplify::Convolution conv{x.channels, y.channels, s.groups, {}, {}, {}, {}, s.weight, s.transformed, s.bias,
@@ -214,7 +237,7 @@ class Run {
     kernels_.convolve(conv,
                       {data(s.input), in.list.data(), in.n, data(s.output), filters.list.data(), filters.n,
                        adds ? data(s.other) : nullptr, adds ? live(s.other).flags.data() : nullptr, sums(s.output),
-                       n_threads_},
+                       n_threads_, ahead},
                       workspace_.scratch);
     count(conv, in, filters);
     if (adds) add_closed(s, filters);
@@ -294,7 +317,7 @@ class Run {
     copy_window(s, window);
     kernels_.expand_and_slide(conv, window,
                               {data(s.input), channels.list.data(), channels.n, data(s.output), filters.list.data(),
-                               filters.n, nullptr, nullptr, sums(s.output), n_threads_},
+                               filters.n, nullptr, nullptr, sums(s.output), n_threads_, {}},
                               workspace_.scratch);
     live(s.output).assign([&](int32_t c) { return filters.flags[c]; });
     const int64_t n_expanded = int64_t{in.height} * in.width, n_pixels = int64_t{out.height} * out.width;
@@ -409,7 +432,7 @@ class Run {
     const decouplify::Norm norm{all.n, s.weight, s.bias, s.epsilon, plan_.geometry(s.input)};
     kernels_.normalise(norm,
                        {data(s.input), in.list.data(), in.n, data(s.output), all.list.data(), all.n, nullptr, nullptr,
-                        sums(s.output), n_threads_},
+                        sums(s.output), n_threads_, {}},
                        workspace_.scratch);
     live(s.output).fill();
   }
@@ -504,6 +527,7 @@ decouplify_plan* decouplify_plan_new(const decouplify_geometry* geometries, int3
     plan->scales.push_back(is_average ? average_scale(step, plan->geometry(step.input), plan->geometry(step.output))
                                       : std::vector<float>());
   }
+  for (int32_t i = 0; i < n_steps; ++i) plan->ahead.push_back(ahead_of(*plan, i));
   return plan.release();
 } catch (const std::bad_alloc&) {
   return nullptr;

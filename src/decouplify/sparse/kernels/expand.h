@@ -114,7 +114,7 @@ struct ExpandJob {
         o.out = band.origin(i - n0) + at;
         o.bias = expand.bias[filter];
       }
-      const TileInput in{call.in + window.in.origin + at, offsets, columns, call.n_channels, taps_of_point(), 1};
+      const TileInput in{call.in + window.in.origin + at, offsets, columns, call.n_channels, taps_of_point(), 1, nothing_ahead(call.in)};
       tile_for(1, n1 - n0, smaller(kTileVectors, n_tile - v))(in, to, window.in.mask + at, expand.activation);
     }
   }
@@ -124,7 +124,7 @@ struct ExpandJob {
     alignas(64) float products[kMostFilters * kProductFloats];
     memset(band.memory(), 0, Band::filter_floats(window.in, band.last() - band.first()) * (n1 - n0) * sizeof(float));
     for (int tile = 0; tile < packed->n_tiles(); ++tile) {
-      packed->multiply(tile, n0, n1, products);
+      packed->multiply(tile, n0, n1, nothing_ahead(call.in), products);
       for (int i = n0; i < n1; ++i) {
         TileOutput to{};
         to.out = band.origin(i - n0);

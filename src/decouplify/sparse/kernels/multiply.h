@@ -12,7 +12,7 @@ DECOUPLIFY_INLINE int filters_at_once(int n_vectors) { return n_vectors < 4 ? kM
 // products[filter][vector] = sum over channels of weight[filter][column[c]] * x[c][vector].
 template <int NB, int NV, bool AHEAD>
 static void multiply(const float* x, const int32_t* columns, int n_channels, const float* const* weights,
-                     const float* const* next_weights, float* products, int64_t stride) {
+                     const float* const* next_weights, Stream ahead, float* products, int64_t stride) {
   Vec acc[NB][NV];
   const float* weight[NB];
 #pragma GCC unroll 8
@@ -29,6 +29,7 @@ static void multiply(const float* x, const int32_t* columns, int n_channels, con
       __builtin_prefetch(*turn + column, 0, 2);
       turn = turn + 1 < next_weights + NB ? turn + 1 : next_weights;
     }
+    ahead.fetch();
     Vec value[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
@@ -46,8 +47,8 @@ static void multiply(const float* x, const int32_t* columns, int n_channels, con
   }
 }
 
-using MultiplyFunction = void (*)(const float*, const int32_t*, int, const float* const*, const float* const*, float*,
-                                  int64_t);
+using MultiplyFunction = void (*)(const float*, const int32_t*, int, const float* const*, const float* const*, Stream,
+                                  float*, int64_t);
 
 template <bool AHEAD, int NB, int... V>
 static MultiplyFunction multiply_for(int n_vectors, std::integer_sequence<int, V...>) {

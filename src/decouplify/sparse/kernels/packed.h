@@ -34,6 +34,7 @@ class PackedInput {
     pack();
   }
 
+  int n_rows() const { return call_.n_channels * taps_.n; }
   int n_pixels() const { return conv_.out.height * conv_.out.width; }
   int n_tiles() const { return divide_up(n_vectors(), kTileVectors); }
   int filters_at_once() const { return DECOUPLIFY_ISA::filters_at_once(divide_up(n_vectors(), n_tiles())); }
@@ -44,7 +45,7 @@ class PackedInput {
   const float* weights_of(int filter) const { return conv_.weight + filter * n_weights(); }
 
   // The products of filters [n0, n1) of the call's list with one tile, kProductFloats apart.
-  void multiply(int tile, int n0, int n1, float* products) const {
+  void multiply(int tile, int n0, int n1, Stream ahead, float* products) const {
     const float *weights[kMostFilters], *next_weights[kMostFilters];
     for (int i = n0; i < n1; ++i) {
       const int next = i + n1 - n0;
@@ -53,13 +54,13 @@ class PackedInput {
     }
     const int v0 = tile_start(tile), n = tile_start(tile + 1) - v0;
     const float* inputs = x_ + int64_t{v0} * n_rows() * kLanes;
-    multiply_for<true>(n1 - n0, n)(inputs, columns_, n_rows(), weights, next_weights, products, kProductFloats);
+    multiply_for<true>(n1 - n0, n)(inputs, columns_, n_rows(), weights, next_weights, ahead, products,
+                                         kProductFloats);
     if (n_rest_ == 0 || tile + 1 < n_tiles()) return;
     for (int i = 0; i < n1 - n0; ++i) add_rest(weights[i], products + i * kProductFloats + n * kLanes);
   }
 
  private:
-  int n_rows() const { return call_.n_channels * taps_.n; }
   int64_t n_weights() const { return int64_t{conv_.n_channels} * taps_.n; }
   int n_vectors() const { return divide_up(n_pixels() - n_rest_, kLanes); }
   int tile_start(int tile) const { return part(n_vectors(), n_tiles(), tile); }
@@ -157,15 +158,17 @@ struct PackedJob {
       const int group0 = share_filters ? begin : 0, group1 = share_filters ? end : n_groups;
       for (int tile = tile0; tile < tile1; ++tile) {
         for (int group = group0; group < group1; ++group) {
-          run_group(tile, part(call.n_filters, n_groups, group), part(call.n_filters, n_groups, group + 1), thread);
+          const Stream ahead = stream_of(call.ahead, tile * n_groups + group, n_tiles * n_groups, input.n_rows());
+          const int n0 = part(call.n_filters, n_groups, group), n1 = part(call.n_filters, n_groups, group + 1);
+          run_group(tile, n0, n1, ahead, thread);
         }
       }
     });
   }
 
-  void run_group(int tile, int n0, int n1, int thread) const {
+  void run_group(int tile, int n0, int n1, Stream ahead, int thread) const {
     alignas(64) float products[kMostFilters * kProductFloats];
-    input.multiply(tile, n0, n1, products);
+    input.multiply(tile, n0, n1, ahead, products);
     for (int i = n0; i < n1; ++i) {
       TileOutput to = output_of(conv, call, call.filters[i]);
       to.partial_sum = sums.of(thread, i);

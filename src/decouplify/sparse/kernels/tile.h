@@ -56,6 +56,32 @@ DECOUPLIFY_INLINE Vec activate(Vec x, const Activation& activation) {
   return at_most(at_least(x, splat(activation.low)), splat(activation.high));
 }
 
+// Memory that is fetched by and by, a little with every channel of a tile: a core can wait for few lines at a time.
+struct Stream {
+  const char* at;
+  int64_t step;  // bytes per channel
+
+  void DECOUPLIFY_INLINE_MEMBER fetch() {
+    __builtin_prefetch(at, 0, 2);
+    skip(1);
+  }
+  void DECOUPLIFY_INLINE_MEMBER skip(int n_channels) { at += n_channels * step; }
+};
+
+DECOUPLIFY_INLINE Stream nothing_ahead(const float* anything) { return {reinterpret_cast<const char*>(anything), 0}; }
+
+// Part i of n of what comes next, for a tile of some channels.
+DECOUPLIFY_INLINE Stream stream_of(const Ahead& ahead, int i, int n, int n_channels) {
+  constexpr int64_t kLine = 64;
+  const int64_t total = ahead.n_lines[0] + ahead.n_lines[1];
+  int64_t first = total * i / n, end = total * (i + 1) / n;
+  const int region = first >= ahead.n_lines[0];
+  if (region == 0 && end > ahead.n_lines[0]) end = ahead.n_lines[0];
+  if (region == 1) first -= ahead.n_lines[0], end -= ahead.n_lines[0];
+  const auto* start = reinterpret_cast<const char*>(ahead.region[region]);
+  return {start + first * kLine, ((end - first) * kLine + n_channels) / (n_channels + 1)};
+}
+
 // The positions of one tile, for all channels: x + channel[c] + tap[t] is the first input it needs.
 struct TileInput {
   const float* x;
@@ -64,6 +90,7 @@ struct TileInput {
   int n_channels;
   const int64_t* tap;
   int n_taps;
+  Stream ahead;
 };
 
 // Where one filter's part of a tile goes.
@@ -116,9 +143,11 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
   const int64_t* channel = in.channel;
   const int32_t* columns = in.column;
   const TileOutput* turn = to;
+  Stream ahead = in.ahead;
   for (int c = 0; c < n_channels; ++c) {
     const float* x0 = first + channel[c];
     const int64_t column = columns[c];
+    ahead.fetch();
     if (TAPS == 9) {
       // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
       const int64_t ahead = columns[c + 1 < n_channels ? c + 1 : c];

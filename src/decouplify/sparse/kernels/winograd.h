@@ -212,7 +212,7 @@ struct Winograd {
   }
 
   // Filters [n0, n1) of the list on one block.
-  void run_filters(const Block& block, int n0, int n1, int thread) const {
+  void run_filters(const Block& block, int n0, int n1, Stream ahead, int thread) const {
     const int n = n1 - n0, n_groups = divide_up(n, filters_at_once(block.n));
     const int64_t point = int64_t{block.n} * kLanes, filter = kPoints * point + 16;
     float* products = scratch.products[thread].reserve(filter * n);
@@ -222,7 +222,8 @@ struct Winograd {
         const float* weights[kMostFilters];
         for (int i = g0; i < g1; ++i) weights[i - g0] = weight_of(call.filters[n0 + i], e);
         multiply_for<false>(g1 - g0, block.n)(block.transformed + e * block.point, sources.column, sources.n, weights,
-                                              nullptr, products + g0 * filter + e * point, filter);
+                                              nullptr, ahead, products + g0 * filter + e * point, filter);
+        ahead.skip(sources.n);
       }
     }
     for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);
@@ -281,7 +282,7 @@ struct Winograd {
       for (int i = begin; i < end; ++i) {
         const Block block = block_at(i, scratch.transformed[thread]);
         for (int c = 0; c < sources.n; ++c) transform_input(block, c);
-        for (int f = 0; f < n_filter_blocks(); ++f) run_filter_block(block, f, thread);
+        for (int f = 0; f < n_filter_blocks(); ++f) run_filter_block(block, i, f, thread);
       }
     });
   }
@@ -294,14 +295,15 @@ struct Winograd {
         for (int c = begin; c < end; ++c) transform_input(block, c);
       });
       parallel(call.n_threads, n_filter_blocks(), [&](int begin, int end, int thread) {
-        for (int f = begin; f < end; ++f) run_filter_block(block, f, thread);
+        for (int f = begin; f < end; ++f) run_filter_block(block, i, f, thread);
       });
     }
   }
 
-  void run_filter_block(const Block& block, int f, int thread) const {
-    const int n = call.n_filters, parts = n_filter_blocks();
-    run_filters(block, part(n, parts, f), part(n, parts, f + 1), thread);
+  void run_filter_block(const Block& block, int i_block, int f, int thread) const {
+    const int parts = n_filter_blocks(), n0 = part(call.n_filters, parts, f), n1 = part(call.n_filters, parts, f + 1);
+    const int n_channels = kPoints * divide_up(n1 - n0, filters_at_once(block.n)) * sources.n;
+    run_filters(block, n0, n1, stream_of(call.ahead, i_block * parts + f, n_blocks() * parts, n_channels), thread);
   }
 
   void run() const { call.n_threads == 1 || n_blocks() >= 2 * call.n_threads ? run_by_block() : run_by_filter(); }
