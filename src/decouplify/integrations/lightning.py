@@ -25,8 +25,8 @@ def decoupling_callback(model: nn.Module, criterion: DecouplingLoss, recipe: Dec
     Args:
         model: The wrapped model inside of the Lightning module.
         criterion: Its loss.
-        recipe: Of its fields those about gates: anneal, hard_share, ramp_share, information_ramp_share, norm_batches
-            and calibrate.
+        recipe: Of its fields those about gates: anneal, hard_share, ramp_share, information_ramp_share, norm_batches,
+            frozen_norms (at the end only: the module decides which norms train) and calibrate.
 
     Raises:
         ImportError: If lightning is not installed.
@@ -46,7 +46,7 @@ def decoupling_callback(model: nn.Module, criterion: DecouplingLoss, recipe: Dec
         def on_train_end(self, trainer: Any, module: Any) -> None:
             batches = [_to(batch, module.device) for batch in islice(trainer.train_dataloader, recipe.norm_batches)]
             schedule.end()
-            reestimate_norms(model, batches)
+            reestimate_norms(model, batches, controllers_only=recipe.frozen_norms)
             if recipe.calibrate and criterion.target_macs is not None and batches:
                 calibrate(model, [x for x, _ in batches], criterion.target_macs)
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from decouplify import aten
 from decouplify.sparse import native
-from decouplify.sparse.drafts import Act, Draft, Item, ReadGate, SetGate, Step, TorchCall
+from decouplify.sparse.drafts import Act, Draft, Item, Map, ReadGate, SetGate, Step, TorchCall
 from decouplify.sparse.memory import Placement, place
 from decouplify.sparse.native import Algorithm, StepKind
 from decouplify.sparse.ops import count

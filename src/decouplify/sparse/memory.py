@@ -116,6 +116,7 @@ def _borders(steps: list[Step]) -> dict[tuple[int, int], int]:
             borders[step.output.size] = max(borders[step.output.size], needed)
             if step.weights and step.kind is not StepKind.CONVOLUTION:
                 # Depthwise; the engine reads it in place whatever its stride.
+                assert step.input.size is not None
                 outside = step.sliding.outside(step.input.size, step.output.size)
                 borders[step.input.size] = max(borders[step.input.size], outside)
     return borders

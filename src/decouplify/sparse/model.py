@@ -123,7 +123,7 @@ class SparseModel(nn.Module):
     def _run(self, lowered: Lowered, image: Tensor) -> Any:
         program = self.program_for(tuple(image.shape[1:])) if image.dtype == torch.float32 else None
         if program is not None:
-            # The engine knows no gradients, so nothing here needs to switch them off, which takes longer than one thinks.
+            # The engine knows no gradients, so nothing here switches them off: that takes longer than one thinks.
             with suppress(UndefinedGateError):
                 return program.run(image)
         with torch.no_grad():

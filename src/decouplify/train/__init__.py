@@ -2,13 +2,14 @@
 
 Nothing here is needed to use the library in a loop of one's own; it is what the command line and the examples run. In
 the order of the story: ``recipe`` (how), ``batches`` (on what), ``objective`` (the loss of one batch), ``step`` (one
-update), ``schedule`` (noise, targets), ``run`` (epochs, resuming), ``finish`` (norms and thresholds for evaluation),
-``log``.
+update), ``schedule`` (noise, targets), ``importance`` (which gates start closed), ``run`` (epochs, resuming),
+``finish`` (norms and thresholds for evaluation), ``log``.
 """
 
 from decouplify.train.batches import LoaderBatches, TensorBatches
 from decouplify.train.evaluation import evaluate
 from decouplify.train.finish import calibrate, executed_share, reestimate_norms
+from decouplify.train.importance import close_least_important, importance
 from decouplify.train.log import json_lines, progress_bar, tensorboard, together
 from decouplify.train.objective import distillation
 from decouplify.train.recipe import DecouplingRecipe, Recipe
@@ -23,10 +24,12 @@ __all__ = [
     "Recipe",
     "TensorBatches",
     "calibrate",
+    "close_least_important",
     "decouple",
     "distillation",
     "evaluate",
     "executed_share",
+    "importance",
     "json_lines",
     "progress_bar",
     "reestimate_norms",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -13,7 +14,7 @@ from decouplify.decoupling import Decoupling, decoupling_of
 from decouplify.modes import eval_mode
 from decouplify.train.batches import Batch
 
-__all__ = ["calibrate", "executed_share", "reestimate_norms"]
+__all__ = ["calibrate", "executed_share", "norms_of", "reestimate_norms"]
 
 _NARROWEST = 0.02  # logits
 _CLOSE = 1e-3  # relative distance from the target that is good enough
@@ -21,7 +22,9 @@ _N_HALVINGS = 20
 
 
 @torch.no_grad()
-def reestimate_norms(model: nn.Module, batches: Iterable[Batch]) -> None:
+def reestimate_norms(
+    model: nn.Module, batches: Iterable[Batch], *, controllers_only: bool = False, across_processes: bool = False
+) -> None:
     """Replace the running statistics of all batch norms by means over the given batches, with gates as in evaluation.
 
     Gates of training are noisy, so statistics gathered meanwhile are not those that evaluation meets.
@@ -29,8 +32,12 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Batch]) -> None:
     Args:
         model: Any network, wrapped or not; its modes are kept.
         batches: Images (N, C, H, W) and labels (not used), as in training.
+        controllers_only: Leave the network's own norms alone, and replace those of the controllers' inputs.
+        across_processes: Take the means over the batches of all processes, which then all have to call this.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    of_controllers = norms_of(model, of_controllers=True)
+    chosen = of_controllers if controllers_only else norms_of(model) + of_controllers
+    norms = [norm for norm in chosen if norm.track_running_stats]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -42,9 +49,19 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Batch]) -> None:
         try:
             for x, _ in batches:
                 model(x)
+            if across_processes:
+                _average([t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None])
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+def norms_of(model: nn.Module, *, of_controllers: bool = False) -> list[_BatchNorm]:
+    """The batch norms of the network, or those of the controllers if it is wrapped."""
+    controllers = [m for m in model.modules() if isinstance(m, Decoupling)]
+    theirs = {id(module) for decoupling in controllers for module in decoupling.modules()}
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [norm for norm in norms if (id(norm) in theirs) == of_controllers]
 
 
 @contextmanager
@@ -59,13 +76,20 @@ def _binary_gates(model: nn.Module) -> Iterator[None]:
     yield
 
 
+def _average(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+
+
 @torch.no_grad()
-def executed_share(model: nn.Module, images: Iterable[Tensor]) -> float:
+def executed_share(model: nn.Module, images: Iterable[Tensor], *, across_processes: bool = False) -> float:
     """Executed / dense multiply-accumulates in evaluation, controllers included, mean over images, in (0, 1+].
 
     Args:
         model: A wrapped model; its modes are kept.
         images: Batches (N, C, H, W) on the model's device.
+        across_processes: Count the images of all processes, which then all have to call this.
     """
     decoupling = decoupling_of(model, "executed_share")
     n_images, executed = 0, 0.0
@@ -75,11 +99,22 @@ def executed_share(model: nn.Module, images: Iterable[Tensor]) -> float:
             path = decoupling.path().double()
             executed += float(decoupling.costs.executed(path).sum())
             n_images += len(path)
+    if across_processes:
+        total = torch.tensor([executed, n_images], dtype=torch.double, device=next(model.parameters()).device)
+        dist.all_reduce(total)
+        executed, n_images = float(total[0]), int(total[1])
     return executed / max(n_images, 1) / decoupling.costs.n_dense
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Iterable[Tensor], target_macs: float, largest: float = 0.5) -> float:
+def calibrate(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    target_macs: float,
+    largest: float = 0.5,
+    *,
+    across_processes: bool = False,
+) -> float:
     """Shift the logits of all gates by one number, so that the executed MACs of these images meet a target.
 
     The number is added to the controllers' output biases, so it stays with the model. Training steers to the target
@@ -91,6 +126,7 @@ def calibrate(model: nn.Module, images: Iterable[Tensor], target_macs: float, la
         target_macs: Share of the dense MACs that shall be executed, in (0, 1].
         largest: Largest shift in logits. A network that is farther from its target was not trained to it, and would
             meet it at the price of its accuracy.
+        across_processes: Count the images of all processes, which then all have to call this and shift alike.
 
     Returns:
         The shift in logits; positive opens gates. 0 if no shift of at most ``largest`` reaches the target; the model is
@@ -108,7 +144,7 @@ def calibrate(model: nn.Module, images: Iterable[Tensor], target_macs: float, la
     def excess(shift: float) -> float:
         for bias, value in zip(biases, kept, strict=True):
             bias.copy_(value + shift)
-        return executed_share(model, images) / target_macs - 1
+        return executed_share(model, images, across_processes=across_processes) / target_macs - 1
 
     shift = _root(excess, largest)
     if shift is None:

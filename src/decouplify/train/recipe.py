@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from decouplify.losses import Target
 
-__all__ = ["DecouplingRecipe", "Precision", "Recipe", "Trained"]
+__all__ = ["DecouplingRecipe", "Optimizer", "Precision", "Recipe", "Start", "Trained"]
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Trained = Literal["all", "gates and norms", "gates"]
+Optimizer = Literal["sgd", "adam"]
+Start = Literal["open", "importance"]
 
 _MOMENT = 1e-9  # a phase of no length begins and ends at once
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: stochastic gradient descent with Nesterov momentum, a linear warm-up, then a fall of the rate.
+    """How to train: gradient descent, a linear warm-up, then a fall of the rate.
 
     Attributes:
         epochs: Passes over the images.
         lr: Highest learning rate of the network.
         batch_size: Images per step and process.
         weight_decay: Weight decay of the network.
-        momentum: Nesterov momentum.
+        momentum: Nesterov momentum, or Adam's first beta.
+        optimizer: "sgd"; or "adam" (AdamW), whose steps have the size of the learning rate whatever the gradient: for
+            short runs, in which the small gradients of single gates would move nothing. With it, ``lr`` is 1e-4 or so.
         clip_norm: Largest norm of all gradients together; larger ones are scaled down. Infinity: never.
         warmup_epochs: Epochs in which the learning rate rises to ``lr``.
         steps: Shares of the run after which the learning rate falls to a tenth, the paper's (0.5, 0.75) for instance;
@@ -34,6 +38,8 @@ class Recipe:
         distillation: Share of the task's loss that is the distance from the teacher, in [0, 1]; all of it without
             labels, none without a teacher.
         temperature: Of teacher and student in the distillation.
+        frozen_norms: Keep the network's norms as in evaluation, with the statistics they came with: a few hundred
+            images make worse ones than a pretrained network has.
         accumulate: Batches whose gradients are summed into one step.
         precision: What the network computes in; controllers stay in float32.
         channels_last: Keep images and weights as (N, H, W, C) in memory, which GPUs prefer.
@@ -47,12 +53,14 @@ class Recipe:
     batch_size: int = 128
     weight_decay: float = 5e-4
     momentum: float = 0.9
+    optimizer: Optimizer = "sgd"
     clip_norm: float = math.inf
     warmup_epochs: float = 1.0
     steps: tuple[float, ...] = ()
     label_smoothing: float = 0.0
     distillation: float = 0.0
     temperature: float = 4.0
+    frozen_norms: bool = False
     accumulate: int = 1
     precision: Precision = "float32"
     channels_last: bool = False
@@ -66,6 +74,8 @@ class Recipe:
         if self.epochs < 0:
             raise ValueError(f"{type(self).__name__}: epochs={self.epochs}; at least 0 wanted")
         self._check_shares("label_smoothing", "distillation")
+        if self.optimizer not in get_args(Optimizer):
+            raise ValueError(f"{type(self).__name__}: optimizer={self.optimizer!r}; 'sgd' or 'adam' wanted")
         if self.cuda_graphs and (self.precision == "float16" or self.accumulate > 1):
             raise ValueError(
                 f"{type(self).__name__}: cuda_graphs=True goes with neither precision='float16' (its loss scale needs "
@@ -102,6 +112,9 @@ class DecouplingRecipe(Recipe):
         hard_share: Share of the run, at its end, in which gates are binary as in evaluation.
         ramp_share: Share of the run in which the target is approached.
         information_ramp_share: Share of the run in which lambda_m and lambda_k rise from 0.
+        start: "open": all gates begin as ``wrap`` sets them; "importance": those of the filters that matter least begin
+            closed, as many as meet a MAC target (see ``close_least_important``). For short runs, which would otherwise
+            close filters that are merely close to their threshold; go on with ``hard_share=1`` and ``ramp_share=0``.
         trained: Which parameters learn: all, gates and the affine parameters of norms, or gates alone.
         norm_batches: Batches from which the norms' statistics are estimated again at the end, with binary gates.
         calibrate: Shift all thresholds at the end, so that the executed MACs of training images meet a MAC target.
@@ -119,6 +132,7 @@ class DecouplingRecipe(Recipe):
     hard_share: float = 0.25
     ramp_share: float = 0.3
     information_ramp_share: float = 0.0
+    start: Start = "open"
     trained: Trained = "all"
     norm_batches: int = 50
     calibrate: bool = True
@@ -126,6 +140,8 @@ class DecouplingRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_shares("hard_share", "ramp_share", "information_ramp_share")
+        if self.start not in get_args(Start):
+            raise ValueError(f"{type(self).__name__}: start={self.start!r}; 'open' or 'importance' wanted")
 
     def is_hard(self, progress: float) -> bool:
         """Whether gates are binary after a share ``progress`` of the run."""

@@ -18,7 +18,8 @@ from decouplify.decoupling import Decoupling, decoupling_of
 from decouplify.errors import NonFiniteError
 from decouplify.losses import DecouplingLoss, parameter_groups
 from decouplify.train.batches import Augment, Batches, batches_of
-from decouplify.train.finish import calibrate, executed_share, reestimate_norms
+from decouplify.train.finish import calibrate, executed_share, norms_of, reestimate_norms
+from decouplify.train.importance import close_least_important, importance
 from decouplify.train.log import Progress
 from decouplify.train.objective import Objective
 from decouplify.train.recipe import DecouplingRecipe, Recipe
@@ -233,6 +234,9 @@ class _Run:
             groups = [{**group, "lr": torch.tensor(group["lr"], device=self.device)} for group in groups]
         momentum, nesterov = self.recipe.momentum, self.recipe.momentum > 0
         fused = self.device.type == "cuda"
+        if self.recipe.optimizer == "adam":
+            betas = (momentum, 0.999)
+            return torch.optim.AdamW(groups, lr=self.recipe.lr, betas=betas, fused=fused, capturable=graphed)
         return torch.optim.SGD(groups, lr=self.recipe.lr, momentum=momentum, nesterov=nesterov, fused=fused)
 
     def _parallel(self) -> nn.Module:
@@ -249,6 +253,8 @@ class _Run:
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.recipe.seed + 7919 * (dist.get_rank() if dist.is_initialized() else 0))
             self._resume(state, history)
+            if not history.epochs and not history.finished:
+                self._start()
             while len(history.epochs) < self.recipe.epochs:
                 if stop_after_s is not None and self._ends_late(history, start, stop_after_s):
                     return history
@@ -258,6 +264,19 @@ class _Run:
                 self._finish(history)
                 self._save(state, history)
         return history
+
+    def _start(self) -> None:
+        """Let gates begin closed where the recipe says so."""
+        if not isinstance(self.recipe, DecouplingRecipe) or self.recipe.start == "open":
+            return
+        assert self.criterion is not None
+        if self.criterion.target_macs is None:
+            raise ValueError(
+                f"decouple: start='importance' needs a target in MACs; target={self.recipe.target!r} given, '2.0x' for "
+                "instance wanted"
+            )
+        batches = islice(self.batches.epoch(0), self.recipe.norm_batches)
+        close_least_important(self.model, importance(self.model, batches), self.criterion.target_macs)
 
     @staticmethod
     def _ends_late(history: History, start: float, stop_after_s: float) -> bool:
@@ -280,7 +299,7 @@ class _Run:
             self.progress(numbers)
 
     def _epoch(self, epoch: int) -> dict[str, float]:
-        self.model.train()
+        self._to_training()
         n_batches, sums = len(self.batches), dict[str, Tensor]()
         n_steps = math.ceil(n_batches / self.recipe.accumulate)
         source = self.batches.epoch(epoch)
@@ -292,6 +311,12 @@ class _Run:
             for name, value in self.step(batches, phase).items():
                 sums[name] = sums.get(name, 0) + value
         return {name: float(value) / n_steps for name, value in sums.items()}
+
+    def _to_training(self) -> None:
+        self.model.train()
+        if self.recipe.frozen_norms:
+            for norm in norms_of(self.model):
+                norm.eval()
 
     def _schedule(self, progress: float) -> object:
         """Set what depends on progress; returns the phase, which changes when more than numbers do."""
@@ -305,18 +330,21 @@ class _Run:
             return
         epoch = int(numbers["epoch"])
         images = [x for x, _ in islice(self.batches.epoch(epoch), _N_MEASURED)]
-        numbers["measured"] = executed_share(self.model, images)
+        numbers["measured"] = executed_share(self.model, images, across_processes=dist.is_initialized())
         self.schedule.correct(epoch / self.recipe.epochs, numbers["measured"])
 
     def _finish(self, history: History) -> None:
         """Norms and thresholds for evaluation; also where the schedule stopped early."""
         if isinstance(self.recipe, DecouplingRecipe) and self.recipe.epochs > 0:
             images = list(islice(self.batches.epoch(self.recipe.epochs), self.recipe.norm_batches))
-            reestimate_norms(self.model, images)
+            together = dist.is_initialized()
+            frozen = self.recipe.frozen_norms
+            reestimate_norms(self.model, images, controllers_only=frozen, across_processes=together)
             assert self.criterion is not None
             if self.recipe.calibrate and self.criterion.target_macs is not None and images:
                 chosen = [x for x, _ in images[: 2 * _N_MEASURED]]
-                history.shift = calibrate(self.model, chosen, self.criterion.target_macs)
+                target = self.criterion.target_macs
+                history.shift = calibrate(self.model, chosen, target, across_processes=together)
         history.finished = True
         self.model.eval()
 

@@ -1,0 +1,147 @@
+"""Gates for a pretrained ImageNet network from a few hundred images without labels, and what they cost in agreement.
+
+EfficientNet-Lite0 learns from its own answers on four of every five images and is judged on the others: how often the
+gated network answers as the original does (agreement), and how often rightly (top-1), for several MAC reductions and
+for what may be trained; "start" is the network before any training, with the least important filters closed. Images are a zip or folder of JPEGs with ``labels.json`` (see ``examples/pretrained.py``).
+
+$ python benchmarks/label_free.py --images images.zip                       # resumes; one line per row
+$ python benchmarks/label_free.py --images images.zip --only 'all 1.3x'
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import decouplify
+from decouplify.decoupling import decoupling_of
+from decouplify.train import DecouplingRecipe, decouple, json_lines
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from pretrained import agreement, efficientnet_lite0, load_images, logits_of, top1
+
+RESULTS = Path("docs/results/label_free.jsonl")
+EVERY = 5  # one of so many images judges
+USUAL: dict[str, Any] = {
+    "epochs": 3,
+    "lr": 5e-5,
+    "batch_size": 20,
+    "optimizer": "adam",
+    "weight_decay": 1e-4,
+    "gate_lr_factor": 20.0,
+    "warmup_epochs": 0.5,
+    "temperature": 2.0,
+    "steering": 20.0,
+    "start": "importance",
+    "frozen_norms": True,
+    "channels_last": True,
+    "mutual_information": 0.0,
+    "kl": 0.0,
+    "hard_share": 1.0,
+    "ramp_share": 0.0,
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "start": {"epochs": 0},
+    "gates": {"trained": "gates"},
+    "gates and norms": {"trained": "gates and norms", "lr": 1e-4},
+    "all": {"trained": "all"},
+}
+ROWS = [
+    *((form, "1.3x") for form in FORMS),
+    *((form, target) for target in ("1.1x", "1.2x", "1.5x", "2.0x") for form in ("start", "all")),
+]
+
+
+def main() -> None:
+    args = parse_arguments()
+    images, labels = load_images(args.images)
+    judged = torch.arange(len(images)) % EVERY == EVERY - 1
+    known = {row["row"] for row in read(args.results)}
+    for form, target in ROWS:
+        name = f"{form} {target}"
+        if name in known or not fnmatch.fnmatch(name, args.only):
+            continue
+        row = run(name, form, target, images[~judged], images[judged], labels[judged], args.work)
+        with args.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def run(name: str, form: str, target: str, train: Tensor, test: Tensor, labels: Tensor, work: Path) -> dict[str, Any]:
+    """Train one row and judge it."""
+    work.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    torch.manual_seed(0)
+    model = efficientnet_lite0().eval()
+    original = logits_of(model, test)
+    decouplify.wrap(model, verify=False, input_norm=True)
+    recipe = DecouplingRecipe(target=target, **(USUAL | FORMS[form]))
+    progress = json_lines(work / f"{name}.jsonl")
+    decouple(model, train, None, recipe, augment=crop_and_flip, progress=progress, state=str(work / f"{name}.state"))
+    return {
+        "row": name,
+        "n_train": len(train),
+        "n_test": len(test),
+        **judge(model, original, test, labels),
+        "original_top1": top1(original, labels),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "recipe": asdict(recipe),
+        "torch": torch.__version__,
+        "command": f"python benchmarks/label_free.py --images FILE --only '{name}'",
+    }
+
+
+@torch.no_grad()
+def judge(model: nn.Module, original: Tensor, test: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Agreement and top-1 in per cent, divergence in nats, executed MACs, and what gates do over the judged images."""
+    decoupling, answers, paths = decoupling_of(model, "judge"), [], []
+    for x in test.split(20):
+        answers.append(model(x))
+        paths.append(decoupling.path())
+    after, path = torch.cat(answers), torch.cat(paths)
+    opened = path.mean(0)
+    divergence = F.kl_div(F.log_softmax(after, 1), F.log_softmax(original, 1), reduction="batchmean", log_target=True)
+    return {
+        "agreement": round(agreement(original, after), 1),
+        "top1": round(top1(after, labels), 1),
+        "divergence": round(float(divergence), 4),
+        "mac_reduction": round(decoupling.costs.n_dense / float(decoupling.costs.executed(path.double()).mean()), 3),
+        "silent": round(float((opened == 0).float().mean()), 3),
+        "energetic": round(float((opened == 1).float().mean()), 3),
+        "distinct_paths": len(path.unique(dim=0)),
+    }
+
+
+def crop_and_flip(x: Tensor) -> Tensor:
+    """Each image mirrored or not, and all of them moved by up to 16 pixels, zeros beyond the border."""
+    x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+    dy, dx = (int(d) for d in torch.randint(-16, 17, (2,)))
+    return F.pad(x, (16, 16, 16, 16))[..., 16 + dy : 240 + dy, 16 + dx : 240 + dx]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The finished rows."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="a zip file or a directory of JPEGs")
+    parser.add_argument("--only", default="*", help="glob of rows, such as 'all *'")
+    parser.add_argument("--work", type=Path, default=Path("label-free"), help="folder for states of unfinished rows")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file that finished rows are appended to")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The engine under valgrind: a whole small network, run by a program that has nothing else in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from ctypes import c_int32, c_int64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import decouplify
+from decouplify.sparse import native
+from decouplify.sparse.executor import Program, build_plan
+from decouplify.sparse.native import Algorithm, StepKind
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "src/decouplify/sparse/kernels"
+SIZE = (3, 37, 41)  # no multiple of anything
+N_CLASSES = 7
+POINTERS = ("weight", "bias", "weight2", "bias2", "transformed")
+
+pytestmark = pytest.mark.skipif(native.engine() is None, reason="needs the compiled engine")
+
+
+class Small(nn.Module):
+    """One layer for every kernel: all kinds of convolutions and windows, a sum, a concatenation, controllers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def layer(c: int, k: int, kernel: int, act: type[nn.Module] = nn.ReLU, **options: int) -> nn.Sequential:
+            conv = nn.Conv2d(c, k, kernel, padding=kernel // 2, bias=False, **options)
+            return nn.Sequential(conv, nn.BatchNorm2d(k), act())
+
+        self.stem = layer(3, 10, 7, stride=2)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.first, self.second = layer(10, 10, 3), layer(10, 10, 3, nn.Identity)
+        self.strided, self.grouped = layer(10, 14, 3, stride=2), layer(14, 14, 3, groups=2)
+        self.expand, self.depthwise = layer(14, 30, 1, nn.SiLU), layer(30, 30, 5, nn.Hardswish, groups=30)
+        self.project, self.average = layer(30, 9, 1, nn.GELU), nn.AvgPool2d(3, 2, 1, ceil_mode=True)
+        self.strided_depthwise = nn.Sequential(
+            layer(9, 33, 1, nn.ReLU6), layer(33, 33, 3, nn.ReLU6, groups=33, stride=2)
+        )
+        self.last, self.fc = layer(33, 17, 1), nn.Linear(17, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x))
+        x = torch.relu(x + self.second(self.first(x)))
+        x = self.grouped(self.strided(x))
+        x = self.average(self.project(self.depthwise(self.expand(x))))
+        x = self.last(self.strided_depthwise(x))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    model = Small().eval()
+    decouplify.wrap(model, SIZE, verify=False)
+    for controller in model.decoupling.controllers.values():
+        nn.init.normal_(controller.fc2.weight, std=2.0)
+        nn.init.normal_(controller.fc2.bias, mean=0.5)
+    found = decouplify.sparsify(model).program_for(SIZE)
+    assert found is not None
+    assert {step.kind for step in found.steps} >= {
+        *(StepKind.CONVOLUTION, StepKind.WINDOW, StepKind.EXPAND, StepKind.CONTROL, StepKind.LINEAR, StepKind.MEAN)
+    }
+    return found
+
+
+def variants(program: Program) -> Iterator[dict[int, Algorithm]]:
+    """Choices of algorithms in which every step has each of its ways once."""
+    ways = {i: list(step.algorithms) for i, step in enumerate(program.steps) if len(step.algorithms) > 1}
+    for turn in range(max(map(len, ways.values()))):
+        yield {i: algorithms[turn % len(algorithms)] for i, algorithms in ways.items()}
+
+
+def write_plan(program: Program, algorithms: dict[int, Algorithm], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program as run_plan.cpp reads it, with some algorithms."""
+    given: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "Plan", lambda *args: given.extend(args))
+        _, kept = build_plan(program.draft, program._placement)
+    geometries, values, steps, gates = given
+    tensors = list(kept.values())
+    for i, algorithm in algorithms.items():
+        steps[i].algorithm = algorithm
+        if algorithm.is_winograd:
+            step = program.steps[i]
+            tensors.append(native.transform_weights(step.weights["weight"], algorithm, step.sliding.padding[0]))
+            steps[i].transformed = tensors[-1].data_ptr()
+    positions, n_floats = {None: 0}, 0
+    for tensor in tensors:
+        positions[tensor.data_ptr()] = 1 + n_floats
+        n_floats += tensor.numel()
+    for step in steps:
+        for name in POINTERS:
+            setattr(step, name, positions[getattr(step, name)])
+    counts = (len(geometries), len(values), len(steps), len(gates), n_floats, int(np.prod(SIZE)), N_CLASSES)
+    with path.open("wb") as file:
+        file.write(b"".join(bytes(c_int64(n)) for n in counts))
+        file.write(b"".join(bytes(item) for item in (*geometries, *values, *steps, *map(c_int32, gates))))
+        file.writelines(tensor.contiguous().numpy().tobytes() for tensor in tensors)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled run_plan, linked to the library that Python uses."""
+    if shutil.which("valgrind") is None or shutil.which("g++") is None:
+        pytest.skip("needs valgrind and g++")
+    found = tmp_path_factory.mktemp("native") / "run_plan"
+    library = Path(os.environ.get("DECOUPLIFY_LIBRARY", KERNELS.parent / "libdecouplify.so"))
+    source = ROOT / "tests/native/run_plan.cpp"
+    command = ["g++", "-std=c++17", "-g", "-Wall", f"-I{KERNELS}", str(source), str(library), "-o", str(found)]
+    subprocess.run([*command, f"-Wl,-rpath,{library.parent}"], check=True)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.ci_sample
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_network_under_valgrind(
+    program: Program, runner: Path, n_threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every algorithm of every layer: no access outside of its memory, no leak, and the numbers of the reference."""
+    images = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(1))
+    wanted = torch.cat([program.module(image[None]) for image in images])
+    (tmp_path / "images").write_bytes(images.numpy().tobytes())
+    # The threads of the pool live until the end; memory that they can reach is not lost.
+    leaks = "definite,indirect"
+    checker = ["valgrind", "-q", "--error-exitcode=9", "--leak-check=full", f"--errors-for-leak-kinds={leaks}"]
+    for algorithms in variants(program):
+        write_plan(program, algorithms, tmp_path / "plan", monkeypatch)
+        files = [str(tmp_path / name) for name in ("plan", "images", "outputs")]
+        done = subprocess.run(
+            [*checker, str(runner), *files, str(n_threads)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{algorithms}: {done.stdout}{done.stderr}"
+        found = torch.from_numpy(np.fromfile(tmp_path / "outputs", dtype=np.float32)).view(3, N_CLASSES)
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
