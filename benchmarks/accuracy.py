@@ -237,7 +237,11 @@ def report(results: Path) -> str:
     missing = [name for name, row in rows().items() if name not in done and row.form != "start"]
     lines = [*HEAD, *(_line(result) for result in found), *NOTES]
     notes = [f"* `{result['row']}`: {result['note']}" for result in found if "note" in result]
-    return "\n".join([*lines, *notes, "", "Not run yet: " + ", ".join(f"`{name}`" for name in missing) + ".", ""])
+    from label_free import RESULTS as LABEL_FREE
+    from label_free import read, section
+
+    todo = "Not run yet: " + ", ".join(f"`{name}`" for name in missing) + "."
+    return "\n".join([*lines, *notes, "", todo, "", *section(read(LABEL_FREE))])
 
 
 HEAD = (

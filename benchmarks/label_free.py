@@ -122,6 +122,48 @@ def judge(model: nn.Module, original: Tensor, test: Tensor, labels: Tensor) -> d
     }
 
 
+def section(rows: list[dict[str, Any]]) -> list[str]:
+    """The part of the page of results that is about training without labels."""
+    order = {f"{form} {target}": i for i, (form, target) in enumerate(ROWS)}
+    lines = [
+        "## Without labels",
+        "",
+        "<!-- Written by: python benchmarks/accuracy.py --report, from rows of benchmarks/label_free.py -->",
+        "",
+        "EfficientNet-Lite0 with ImageNet weights, 400 images without labels to learn from and 100 others to judge by,",
+        "on two cores. *Agreement*: how often the gated network answers as the original does; *top-1*: how often rightly.",
+        "*Divergence*: KL(original || gated) of the answers, in nats. *start*: the filters with the least Fisher",
+        "information per multiply-accumulate closed, for every image alike, before any training; *gates*: only gates",
+        "learn; *gates and norms*: also the affine parameters of norms; *all*: everything. One run each; the standard",
+        "error of a share of 100 images is 3 to 5 points, so most of these rows cannot be told from their neighbours.",
+        "",
+        "| trained | reduction | agreement | top-1 | divergence | silent / energetic | distinct paths | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_line(row) for row in sorted(rows, key=lambda row: (row["recipe"]["target"], order.get(row["row"], 99)))),
+        "",
+    ]
+    original = rows[0]["original_top1"] if rows else float("nan")
+    return [
+        *lines,
+        f"The original has top-1 {original:.1f} on these images. Rows: `docs/results/label_free.jsonl`.",
+        "",
+    ]
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = (
+        row["row"].rsplit(" ", 1)[0],
+        f"{row['mac_reduction']:.2f}x",
+        f"{row['agreement']:.0f} %",
+        f"{row['top1']:.0f} %",
+        f"{row['divergence']:.2f}",
+        f"{100 * row['silent']:.0f} % / {100 * row['energetic']:.0f} %",
+        f"{row['distinct_paths']} of {row['n_test']}",
+        f"{row['seconds']:.0f}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
 def crop_and_flip(x: Tensor) -> Tensor:
     """Each image mirrored or not, and all of them moved by up to 16 pixels, zeros beyond the border."""
     x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)

@@ -16,9 +16,11 @@ from decouplify.errors import VerificationError
 from decouplify.paths import PathSet
 from decouplify.sparse import SparseModel, count_executed_macs, native
 from decouplify.sparse.ops import Controller, SparseConv2d, SparseLinear
+from decouplify.sparse.profit import GateProfit, measure_profits
 from toynets import SIZE, TOYS, Classifier, conv_bn_relu, random_images, randomise_gates, randomise_statistics, run
 
 IMAGES = random_images(4)
+needs_engine = pytest.mark.skipif(native.engine() is None, reason="no compiled engine")
 
 
 def habitual(name: str, *, open_gate: bool = True) -> nn.Module:
@@ -176,3 +178,57 @@ def test_normalised_controllers_are_narrowed_as_well() -> None:
 def test_paths_of_another_model_are_refused(gates: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decouplify.sparsify(habitual("Plain"), paths=PathSet.from_gates(gates))
+
+
+@needs_engine
+@pytest.mark.parametrize("name", ["Plain", "SharedRelu", "DepthwiseChain", "DenseConcat", "SqueezeExcite"])
+def test_gates_that_do_not_pay_are_left_open_and_the_rest_is_as_before(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = habitual(name, open_gate=False)
+    gates = [gate.name for gate in model.decoupling.plan.gates]
+    costly = gates[::2]
+    monkeypatch.setattr(
+        "decouplify.sparse.model.measure_profits",
+        lambda program, size, path, names: [GateProfit(g, 2e-5, 1e-5 if g in costly else 3e-5) for g in names.values()],
+    )
+    fast = decouplify.sparsify(model, paths=paths_of(model), drop_costly=True)
+    assert set(fast.left_open) == set(costly)
+    assert f"left open, as deciding takes longer than it saves: {costly[0]} (20 us for 10 us)" in repr(fast)
+    assert decouplify.verify(model, fast, IMAGES).max_error <= 1e-5
+    with model.decoupling.forced(fast.left_open):
+        expected = run(model, IMAGES)
+    for found, wanted in zip(run(fast, IMAGES), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    again = copy.deepcopy(fast)
+    assert set(again.left_open) == set(costly)
+
+
+@needs_engine
+def test_the_profit_of_a_gate_is_measured() -> None:
+    """A large layer that closes nearly everything pays; a gate that nobody needs to decide is not measured."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *conv_bn_relu(3, 8), *conv_bn_relu(8, 128), *conv_bn_relu(128, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(128, 5),
+    )  # fmt: skip
+    size = (3, 48, 48)
+    model = decouplify.wrap(net.eval(), size, verify=False)
+    large, last = model.decoupling.controllers.values()
+    large.fc2.weight.data.zero_()
+    large.fc2.bias.data = torch.where(torch.arange(128) < 8, 1.0, -1.0)
+    last.fc2.bias.data[:] = 5.0
+    images = torch.randn(3, *size)
+    paths = paths_of(model, images)
+    fast = decouplify.sparsify(model)
+    names = {node: name for name, node in fast.lowered_for(size).gates.items()}
+    path = {name: z[0] for name, z in model.decoupling.gates().items()}
+    profits = measure_profits(fast.program_for(size), size, path, names)
+    assert [profit.gate for profit in profits] == [model.decoupling.plan.gates[0].name]
+    assert profits[0].saved > profits[0].cost > 0
+    assert decouplify.sparsify(model, paths=paths, drop_costly=True).left_open == {}
+
+
+def test_gates_are_not_judged_without_paths() -> None:
+    with pytest.raises(ValueError, match="drop_costly=True needs paths"):
+        decouplify.sparsify(habitual("Plain"), drop_costly=True)

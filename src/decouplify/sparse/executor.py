@@ -23,7 +23,7 @@ from decouplify.sparse.native import Algorithm, StepKind
 from decouplify.sparse.ops import count
 from decouplify.sparse.translate import translate
 
-__all__ = ["Program", "UndefinedGateError", "build_plan"]
+__all__ = ["Program", "Run", "Stretch", "UndefinedGateError", "build_plan"]
 
 
 class UndefinedGateError(ArithmeticError):
@@ -31,7 +31,7 @@ class UndefinedGateError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class Stretch:
     """Engine steps [begin, end), and what they read from torch and give to it, by slot.
 
     A small network takes a few milliseconds, after which nothing of Python is in the caches: everything that is the
@@ -84,13 +84,13 @@ class Program:
         Raises:
             UndefinedGateError: If a gate is neither open nor closed.
         """
-        with self._workspace() as workspace:
-            return _Run(self, workspace, image).result()
+        with self.workspace() as workspace:
+            return Run(self, workspace, image).result()
 
     def run_observed(self, image: Tensor, observer: Callable[[str, Tensor], None], forced: Mapping[str, Tensor]) -> Any:
         """As ``run``, calling ``observer(node name, value)``; ``forced`` replaces gates by node name, 0 or 1 each."""
-        with self._workspace() as workspace:
-            return _Run(self, workspace, image, observer, forced).result()
+        with self.workspace() as workspace:
+            return Run(self, workspace, image, observer, forced).result()
 
     def drop_transformed(self, step: int, algorithm: Algorithm) -> None:
         """Free Winograd weights that no program uses."""
@@ -103,7 +103,7 @@ class Program:
         """A function that runs one convolution with half of its filters, and of its channels if some may be missing."""
         chosen, n_threads = self.steps[step], torch.get_num_threads()
         assert chosen.input is not None
-        with self._workspace() as workspace:
+        with self.workspace() as workspace:
             exists = torch.ones(chosen.input.channels, dtype=torch.uint8)
             exists[1::2] = not chosen.reads_part
             workspace.set_live(self._placement.index[chosen.input], exists)
@@ -121,14 +121,14 @@ class Program:
         cost = f" ({1e3 * sum(self.torch_seconds.values()):.2f} ms of the last image)" if self.torch_seconds else ""
         in_torch = Counter(name_of_call(self.module, i.node) for i in self.draft.items if isinstance(i, TorchCall))
         return [
-            f"engine: {len(self.steps)} steps in {sum(isinstance(s, _Stretch) for s in self._stretches)} calls",
+            f"engine: {len(self.steps)} steps in {sum(isinstance(s, Stretch) for s in self._stretches)} calls",
             "convolutions: " + (", ".join(f"{n} {named[a]}" for a, n in algorithms.most_common()) or "none"),
             f"controllers: {len(self.draft.gates)} run, {len(self.draft.always_open)} gates always open",
             "run by torch: " + (", ".join(f"{n} {name}" for name, n in in_torch.most_common()) or "nothing") + cost,
         ]
 
     @contextmanager
-    def _workspace(self) -> Iterator[native.Workspace]:
+    def workspace(self) -> Iterator[native.Workspace]:
         """Memory that nobody else uses meanwhile."""
         with self._lock:
             workspace = self._idle.pop() if self._idle else None
@@ -151,7 +151,7 @@ class Program:
         chosen.algorithm = algorithm
 
 
-class _Run:
+class Run:
     """One image on its way through a program."""
 
     def __init__(
@@ -168,6 +168,7 @@ class _Run:
         self.n_threads = torch.get_num_threads()
 
     def result(self) -> Any:
+        """What the model returns."""
         for item in self.program._stretches:
             self._do(item)
         return self._resolve(self.program._result)
@@ -185,9 +186,9 @@ class _Run:
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         return value
 
-    def _do(self, item: _Stretch | Item) -> None:
-        if isinstance(item, _Stretch):
-            self._run_steps(item)
+    def _do(self, item: Stretch | Item) -> None:
+        if isinstance(item, Stretch):
+            self.run_steps(item)
         elif isinstance(item, TorchCall):
             self._call_torch(item.node)
         elif isinstance(item, SetGate):
@@ -200,11 +201,12 @@ class _Run:
             raise UndefinedGateError
         return z
 
-    def _run_steps(self, stretch: _Stretch) -> None:
+    def run_steps(self, stretch: Stretch) -> None:
+        """Run the engine once, from values of torch to values of torch."""
         last = self.program.steps[stretch.end - 1]
         if stretch.end - stretch.begin == 1 and last.kind is StepKind.CONTROL and self._force(last):
             return
-        slots = self._slots(stretch)
+        slots = self.slots(stretch)
         if self.workspace.run(stretch.begin, stretch.end, slots, self.n_threads) is native.Status.UNDEFINED_GATE:
             raise UndefinedGateError
         if self.observer is not None:
@@ -224,7 +226,8 @@ class _Run:
         if step.kind is StepKind.STORE:
             self.observer(step.node.name, self.values[step.node].clone())
 
-    def _slots(self, stretch: _Stretch) -> Any:
+    def slots(self, stretch: Stretch) -> Any:
+        """The addresses of what the engine reads and of new tensors that it fills."""
         addresses = [0] * self.draft.n_slots
         for slot, node in stretch.loads:
             self.values[node] = self.values[node].contiguous()
@@ -256,7 +259,7 @@ def name_of_call(module: GraphModule, node: Node) -> str:
     return aten.name_of(node)
 
 
-def _stretches(draft: Draft, whole: bool) -> Iterator[_Stretch | Item]:
+def _stretches(draft: Draft, whole: bool) -> Iterator[Stretch | Item]:
     """Items with runs of steps joined; each step by itself unless ``whole``."""
     begin = end = 0
     for item in draft.items:
@@ -271,11 +274,11 @@ def _stretches(draft: Draft, whole: bool) -> Iterator[_Stretch | Item]:
         yield _stretch(draft, begin, end)
 
 
-def _stretch(draft: Draft, begin: int, end: int) -> _Stretch:
+def _stretch(draft: Draft, begin: int, end: int) -> Stretch:
     steps = draft.steps[begin:end]
     loads = tuple((s.slot, draft.loads[s.slot]) for s in steps if s.kind is StepKind.LOAD)
     stores = tuple((s.slot, *draft.stores[s.slot]) for s in steps if s.kind is StepKind.STORE)
-    return _Stretch(begin, end, loads, stores)
+    return Stretch(begin, end, loads, stores)
 
 
 def build_plan(draft: Draft, placement: Placement) -> tuple[native.Plan, dict[str, Tensor]]:

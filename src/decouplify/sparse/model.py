@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +20,7 @@ from decouplify.sparse import native
 from decouplify.sparse.executor import Program, UndefinedGateError
 from decouplify.sparse.lower import Lowered, lower
 from decouplify.sparse.ops import SparseConv2d, SparseLinear, count
+from decouplify.sparse.profit import GateProfit, measure_profits
 from decouplify.sparse.static import Assumptions, Habits, lower_statically
 from decouplify.sparse.translate import obstacle
 from decouplify.sparse.tuning import choose_algorithms
@@ -40,7 +42,9 @@ def backend() -> str:
     return f"native: compiled engine for {native.instruction_set()}"
 
 
-def sparsify(model: nn.Module, *, mode: Mode = "fast", paths: PathSet | None = None) -> SparseModel:
+def sparsify(
+    model: nn.Module, *, mode: Mode = "fast", paths: PathSet | None = None, drop_costly: bool = False
+) -> SparseModel:
     """A copy of a wrapped model that computes, for each image, only open filters from existing channels.
 
     The copy is a snapshot on the CPU: norms are folded, later training of ``model`` does not reach it. Its output is
@@ -53,15 +57,25 @@ def sparsify(model: nn.Module, *, mode: Mode = "fast", paths: PathSet | None = N
         paths: Paths that stand for all images to come. Filters that none of them opens are removed, and controllers
             of which they open every remaining filter are dropped. For images with other paths the output may differ
             from the model's. By default nothing is assumed.
+        drop_costly: With ``paths``: measure every gate on a typical one of them, and leave those open whose controller
+            takes longer than the filters it closes; the printout names them. Their filters are then computed for all
+            images, so the output is that of the model with these gates open, also for the recorded paths. Without a
+            compiled engine nothing is measured or left open.
 
     Raises:
-        ValueError: If the model is not wrapped, the mode is unknown, or the paths are not of this model.
+        ValueError: If the model is not wrapped, the mode is unknown, the paths are not of this model, or there are
+            none to judge gates by.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"sparsify: mode={mode!r} given; one of {', '.join(map(repr, get_args(Mode)))} wanted")
+    if drop_costly and paths is None:
+        raise ValueError("sparsify: drop_costly=True needs paths to judge gates by; give paths=record(model, loader)")
     decoupling = decoupling_of(model, "sparsify")
     owner = next(m for m in model.modules() if getattr(m, "decoupling", None) is decoupling)
-    return SparseModel(owner, mode, None if paths is None else Habits.of(paths, decoupling.plan))
+    fast = SparseModel(owner, mode, None if paths is None else Habits.of(paths, decoupling.plan))
+    if drop_costly:
+        fast.drop_costly_gates()
+    return fast
 
 
 class SparseModel(nn.Module):
@@ -77,6 +91,7 @@ class SparseModel(nn.Module):
         decoupling = snapshot.decoupling
         assert isinstance(decoupling, Decoupling)
         self.plan, self.mode, self._habits = decoupling.plan, mode, habits
+        self.costly: tuple[GateProfit, ...] = ()
         _put_features_first(snapshot)
         # In a list, because the snapshot is material for lowering and not a part of this module.
         self._source = [unwrap(snapshot).eval()]
@@ -84,6 +99,25 @@ class SparseModel(nn.Module):
         self.graphs = nn.ModuleList()
         self._forget()
         self.lowered_for(self.plan.input_size)
+
+    def drop_costly_gates(self) -> None:
+        """Leave gates open whose controllers take longer than what they save, on the typical path; see ``sparsify``."""
+        size, habits = self.plan.input_size, self._habits
+        program, assumptions = self.program_for(size), self._assumptions.get(size)
+        if program is None or habits is None or assumptions is None:
+            return
+        names = {node: name for name, node in self.lowered_for(size).gates.items() if name not in assumptions.dropped}
+        profits = measure_profits(program, size, assumptions.narrow(habits.typical), names)
+        self.costly = tuple(profit for profit in profits if profit.cost > profit.saved)
+        self._habits = replace(habits, left_open=frozenset(profit.gate for profit in self.costly))
+        self._forget()
+        self.lowered_for(size)
+
+    @property
+    def left_open(self) -> dict[str, Tensor]:
+        """Gates that are open although the model decides them, with their values, shape (K,) each; usually none."""
+        assumptions = self._assumptions.get(self.plan.input_size)
+        return {} if assumptions is None else assumptions.opened()
 
     def _forget(self) -> None:
         """Start without programs; they hold memory of the engine, which can be neither copied nor pickled."""
@@ -201,6 +235,8 @@ class SparseModel(nn.Module):
         ]
         if self.plan.input_size in self._assumptions:
             lines.append(f"  {self._assumptions[self.plan.input_size]}")
+        if self.costly:
+            lines.append(f"  left open, as deciding takes longer than it saves: {', '.join(map(str, self.costly))}")
         if program is None:
             others = Counter(_operator_name(n) for n in lowered.module.graph.nodes if n.op == "call_function")
             listed = ", ".join(f"{n} {name}" for name, n in others.most_common())

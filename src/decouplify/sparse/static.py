@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -40,11 +41,15 @@ class Habits:
         n_images: How many there are.
         silent: Filters that none opens, boolean, shape (K,), by gate.
         energetic: Filters that all open, boolean, shape (K,), by gate.
+        typical: The gates of the image that opens the median number of filters, zeros and ones, shape (K,), by gate.
+        left_open: Gates that are not decided although they close filters, because that takes longer than it saves.
     """
 
     n_images: int
     silent: Mapping[str, Tensor]
     energetic: Mapping[str, Tensor]
+    typical: Mapping[str, Tensor]
+    left_open: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, paths: PathSet, plan: Plan) -> Habits:
@@ -66,7 +71,15 @@ class Habits:
         counts = torch.from_numpy(paths.counts())
         by_gate = dict(zip((name for name, _ in wanted), counts.split([k for _, k in wanted]), strict=True))
         silent = {name: n == 0 for name, n in by_gate.items()}
-        return cls(len(paths), silent, {name: n == len(paths) for name, n in by_gate.items()})
+        energetic = {name: n == len(paths) for name, n in by_gate.items()}
+        return cls(len(paths), silent, energetic, _typical(paths, wanted))
+
+
+def _typical(paths: PathSet, gates: list[tuple[str, int]]) -> dict[str, Tensor]:
+    n_open = np.concatenate([bits.sum(1) for _, bits in paths.chunks()])
+    row = int(n_open.argsort(kind="stable")[len(n_open) // 2])
+    z = torch.from_numpy(paths.unpack(rows=[row])[0]).float()
+    return dict(zip((name for name, _ in gates), z.split([k for _, k in gates]), strict=True))
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,7 @@ class Assumptions:
         kept: Filters that are still there, int64, by gate.
         dropped: Gates whose controller is gone; their filters that are still there are always open.
         axes: Channel axis and gate of each gated value, by its node.
+        left_open: Those of the dropped ones that would close filters of recorded paths.
     """
 
     n_images: int
@@ -86,6 +100,7 @@ class Assumptions:
     kept: Mapping[str, Tensor]
     dropped: frozenset[str]
     axes: Mapping[str, tuple[int, str]]
+    left_open: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         n_removed = sum(self.n_filters[name] - len(kept) for name, kept in self.kept.items())
@@ -93,6 +108,10 @@ class Assumptions:
             f"assumes paths as of {self.n_images} images: {n_removed} of {sum(self.n_filters.values())} filters "
             f"removed, {len(self.dropped)} of {len(self.kept)} controllers dropped"
         )
+
+    def opened(self) -> dict[str, Tensor]:
+        """Values for the gates that are left open, zeros and ones, shape (K,) each: what the sparse form computes."""
+        return {name: self._full(torch.ones(len(self.kept[name])), 0, name) for name in self.left_open}
 
     def narrow(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values for the gates that are still decided, out of values for all filters of all gates."""
@@ -143,11 +162,12 @@ def lower_statically(
     lowered = lower(
         narrower, match(narrower, plan.options, plan.model), _narrow_controllers(decoupling, inputs, filters)
     )
-    dropped = frozenset(name for name, kept in filters.items() if bool(habits.energetic[name][kept].all()))
+    always = {name for name, kept in filters.items() if bool(habits.energetic[name][kept].all())}
+    dropped = habits.left_open | always
     lowered = _drop_controllers(lowered, {name: len(kept) for name, kept in filters.items()}, dropped)
     axes = {lowered.ends[end]: (end.axis, gate.name) for gate in plan.gates for end in gate.ends}
     n_filters = {gate.name: gate.n_filters for gate in plan.gates}
-    return lowered, Assumptions(habits.n_images, n_filters, filters, dropped, axes)
+    return lowered, Assumptions(habits.n_images, n_filters, filters, dropped, axes, habits.left_open - always)
 
 
 def _removable(classes: ChannelClasses, matching: Matching, habits: Habits) -> set[int]:

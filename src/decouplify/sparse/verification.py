@@ -95,8 +95,11 @@ def verify(model: nn.Module, fast: SparseModel, images: Tensor, rtol: float = 1e
         raise ValueError("verify: no images given; at least one is needed to compare anything")
     comparison = _Comparison(decoupling, fast)
     with eval_mode(model), torch.no_grad():
-        for image in images:
-            comparison.add(model, image[None])
+        # Gates that the sparse form leaves open are open in both.
+        device = next(model.parameters()).device
+        with decoupling.forced({name: z.to(device) for name, z in fast.left_open.items()}):
+            for image in images:
+                comparison.add(model, image[None])
     report = comparison.report(len(images))
     _raise_if_different(report, comparison.far, rtol)
     return report

@@ -1,0 +1,101 @@
+"""What each gate costs and saves on this CPU: its controller's time, and that of the filters it closes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decouplify.sparse import native
+from decouplify.sparse.executor import Program, Run, Stretch
+from decouplify.sparse.native import StepKind
+
+__all__ = ["GateProfit", "measure_profits"]
+
+_N_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class GateProfit:
+    """What a gate is worth on a typical path.
+
+    Attributes:
+        gate: Its name.
+        cost: Time of its controller in seconds.
+        saved: Time that the rest of the network takes longer if all filters of the gate are open, in seconds.
+    """
+
+    gate: str
+    cost: float
+    saved: float
+
+    def __str__(self) -> str:
+        return f"{self.gate} ({1e6 * self.cost:.0f} us for {1e6 * self.saved:.0f} us)"
+
+
+def measure_profits(
+    program: Program, image_size: tuple[int, ...], path: Mapping[str, Tensor], names: Mapping[str, str]
+) -> list[GateProfit]:
+    """Measure every gate that is decided in the engine, by opening one after another.
+
+    The steps whose multiply-accumulates change are compared, each by its shortest time over a few rounds; what others
+    take is noise.
+
+    Args:
+        program: The network; nothing else may run it meanwhile.
+        image_size: (C, H, W).
+        path: Values of all gates of a typical image, zeros and ones, shape (K,) each, by gate.
+        names: Gate of each node that decides one.
+    """
+    by_node = {node: path[name] for node, name in names.items()}
+    usual = _times(program, image_size, by_node)
+    profits = []
+    for step in program.steps:
+        if step.kind is not StepKind.CONTROL or step.node.name not in names:
+            continue
+        z = by_node[step.node.name]
+        opened = _times(program, image_size, {**by_node, step.node.name: torch.ones_like(z)})
+        changed = [i for i, (_, macs) in enumerate(opened) if macs != usual[i][1]]
+        saved = sum(opened[i][0] - usual[i][0] for i in changed)
+        cost = usual[program.steps.index(step)][0]
+        profits.append(GateProfit(names[step.node.name], cost, saved))
+    return profits
+
+
+@torch.no_grad()
+def _times(program: Program, image_size: tuple[int, ...], gates: Mapping[str, Tensor]) -> list[tuple[float, int]]:
+    """Seconds (the shortest of a few rounds) and multiply-accumulates of each step, with given gates."""
+    image = torch.randn(1, *image_size, generator=torch.Generator().manual_seed(0))
+    rounds = []
+    with program.workspace() as workspace:
+        for _ in range(_N_ROUNDS):
+            run = _TimedRun(program, workspace, image, gates)
+            run.result()
+            rounds.append(run.times)
+    return [
+        (min(times), int(macs[0])) for times, macs in (zip(*steps, strict=True) for steps in zip(*rounds, strict=True))
+    ]
+
+
+class _TimedRun(Run):
+    """Runs step by step; a controller runs, and then its gate is set to what is wanted."""
+
+    def __init__(
+        self, program: Program, workspace: native.Workspace, image: Tensor, gates: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(program, workspace, image)
+        self.gates = gates
+        self.times: list[tuple[float, int]] = []
+
+    def run_steps(self, stretch: Stretch) -> None:
+        slots = self.slots(stretch)
+        for i in range(stretch.begin, stretch.end):
+            step = self.program.steps[i]
+            start = time.perf_counter()
+            self.workspace.run(i, i + 1, slots, self.n_threads)
+            self.times.append((time.perf_counter() - start, self.workspace.take_macs()))
+            if step.kind is StepKind.CONTROL and step.node.name in self.gates:
+                self.workspace.set_gate(step.gate, self.gates[step.node.name])
