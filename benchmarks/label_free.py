@@ -2,7 +2,8 @@
 
 EfficientNet-Lite0 learns from its own answers on four of every five images and is judged on the others: how often the
 gated network answers as the original does (agreement), and how often rightly (top-1), for several MAC reductions and
-for what may be trained; "start" is the network before any training, with the least important filters closed. Images are a zip or folder of JPEGs with ``labels.json`` (see ``examples/pretrained.py``).
+for what may be trained; "start" is the network before any training, with the least important filters closed. Images
+are a zip or folder of JPEGs with ``labels.json`` (see ``examples/pretrained.py``).
 
 $ python benchmarks/label_free.py --images images.zip                       # resumes; one line per row
 $ python benchmarks/label_free.py --images images.zip --only 'all 1.3x'
@@ -131,8 +132,8 @@ def section(rows: list[dict[str, Any]]) -> list[str]:
         "<!-- Written by: python benchmarks/accuracy.py --report, from rows of benchmarks/label_free.py -->",
         "",
         "EfficientNet-Lite0 with ImageNet weights, 400 images without labels to learn from and 100 others to judge by,",
-        "on two cores. *Agreement*: how often the gated network answers as the original does; *top-1*: how often rightly.",
-        "*Divergence*: KL(original || gated) of the answers, in nats. *start*: the filters with the least Fisher",
+        "on two cores. *Agreement*: how often the gated network answers as the original does; *top-1*: how often",
+        "rightly. *Divergence*: KL(original || gated) of the answers, in nats. *start*: the filters with the least Fisher",
         "information per multiply-accumulate closed, for every image alike, before any training; *gates*: only gates",
         "learn; *gates and norms*: also the affine parameters of norms; *all*: everything. One run each; the standard",
         "error of a share of 100 images is 3 to 5 points, so most of these rows cannot be told from their neighbours.",
