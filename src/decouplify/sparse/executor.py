@@ -65,6 +65,8 @@ class Program:
         # What every run begins and ends with.
         self._image = next(n for n in nodes if n.op == "placeholder")
         self._constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr"}
+        # For operators that torch runs; the engine knows that these gates are open.
+        self._constants |= {n: torch.ones(_n_gates(module, n)) for n in self.draft.always_open}
         self._result = next(n for n in reversed(nodes) if n.op == "output").args[0]
         self._idle: list[native.Workspace] = []
         self._lock = threading.Lock()
@@ -250,6 +252,11 @@ class Run:
         self.values[node] = self.forced.get(node.name, value)
         if self.observer is not None and isinstance(value, Tensor):
             self.observer(node.name, value.clone())
+
+
+def _n_gates(module: GraphModule, node: Node) -> int:
+    controller: Any = module.get_submodule(str(node.target))
+    return int(controller.controller.fc2.out_features)
 
 
 def name_of_call(module: GraphModule, node: Node) -> str:

@@ -37,6 +37,7 @@ class Placement:
 def place(draft: Draft) -> Placement:
     """Share memory between maps that can, and give each its place. Changes ``base`` and ``offset`` of the maps."""
     _join_concatenations(draft.steps)
+    _share_concatenations(draft.steps)
     _join_sums(draft.steps)
     summed = _maps_with_sums(draft.steps)
     maps = list(dict.fromkeys(m for step in draft.steps for m in _maps_of(step)))
@@ -62,9 +63,42 @@ def _join_concatenations(steps: list[Step]) -> None:
         if step.kind is not StepKind.COPY or step.input is None or step.output is None:
             continue
         part, whole = step.input, step.output
-        is_plain = part.size == whole.size and step.sliding.stride == (1, 1) and step.sliding.padding == (0, 0)
-        if is_plain and part.storage()[0] is part and whole.storage()[0] is not part:
+        if _is_plain(step) and part.storage()[0] is part and whole.storage()[0] is not part:
             part.base, part.offset = whole, step.position
+
+
+def _is_plain(step: Step) -> bool:
+    """Whether a copy moves its input as it is."""
+    assert step.input is not None and step.output is not None
+    moved = step.sliding.stride != (1, 1) or step.sliding.padding != (0, 0)
+    return step.input.size == step.output.size and not moved
+
+
+def _share_concatenations(steps: list[Step]) -> None:
+    """Let a concatenation lie within a wider one, where its parts already are side by side.
+
+    In a dense block, where every layer reads all that were before it, each map would otherwise be copied once for every
+    layer that follows.
+    """
+    parts: dict[Map, list[Step]] = defaultdict(list)
+    for step in steps:
+        if step.kind is StepKind.COPY and step.output is not None:
+            parts[step.output].append(step)
+    for whole, copies in parts.items():
+        places = {_place_of_whole(copy) for copy in copies}
+        covers = sum(copy.input.channels for copy in copies if copy.input is not None) == whole.channels
+        if whole.base is not None or len(places) != 1 or not covers or not all(map(_is_plain, copies)):
+            continue
+        owner, offset = places.pop()
+        if owner is not whole and offset >= 0:
+            whole.base, whole.offset = owner, offset
+
+
+def _place_of_whole(copy: Step) -> tuple[Map, int]:
+    """Where a concatenation would have to begin for this part of it to be in its place already."""
+    assert copy.input is not None
+    owner, offset = copy.input.storage()
+    return owner, offset - copy.position
 
 
 def _join_sums(steps: list[Step]) -> None:

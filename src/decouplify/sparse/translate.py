@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from decouplify import aten
 from decouplify.sparse.drafts import IDENTITY, Act, Draft, Map, ReadGate, SetGate, Sliding, Step, TorchCall
 from decouplify.sparse.native import ActivationKind, StepKind, WindowKind
-from decouplify.sparse.ops import Controller, Exists, Mask, SparseConv2d, SparseLinear
+from decouplify.sparse.ops import Controller, Exists, FoldedBias, Mask, SparseConv2d, SparseLinear
 
 __all__ = ["obstacle", "translate"]
 
@@ -79,7 +79,7 @@ class _Translation:
 
     def run(self) -> Draft:
         for node in self.module.graph.nodes:
-            if node in self.done or self._operator(node) is Exists:
+            if node in self.done or self._operator(node) in _ONLY_FOR_TORCH:
                 continue
             if node.op in ("placeholder", "get_attr"):
                 self.in_torch.add(node)
@@ -114,7 +114,7 @@ class _Translation:
 
     def _to_torch(self, node: Node) -> None:
         """Make a node's value available to torch."""
-        if node in self.in_torch:
+        if node in self.in_torch or node in self.draft.always_open:
             return
         if node in self.maps:
             slot = self.draft.n_slots
@@ -123,7 +123,7 @@ class _Translation:
         elif self.gates.get(node, _ALWAYS_OPEN) != _ALWAYS_OPEN:
             self.draft.items.append(ReadGate(self.gates[node], node))
         else:
-            assert node in self.gates or self._operator(node) is Exists
+            assert node in self.gates or self._operator(node) in _ONLY_FOR_TORCH
             self._call_torch(node)
         self.in_torch.add(node)
 
@@ -496,6 +496,9 @@ class _Translation:
         self.emit(StepKind.COPY, node, input=x, output=y, sliding=sliding, position=position, clears=True)
         return y
 
+
+#: What the engine finds out by itself: which channels exist, and (for it computes them) what absent ones add.
+_ONLY_FOR_TORCH = (Exists, FoldedBias)
 
 #: In place of the index of a gate.
 _ALWAYS_OPEN = -1

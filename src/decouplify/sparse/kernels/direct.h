@@ -85,7 +85,9 @@ struct DirectJob {
     }
     TileInput in = input;
     in.x += v0 * kLanes;
-    in.ahead = stream_of(call.ahead, tile * n_filter_groups() + group, n_tiles() * n_filter_groups(), in.n_channels);
+    const int index = tile * n_filter_groups() + group, n_parts = n_tiles() * n_filter_groups();
+    in.ahead = stream_of(call.ahead, index, n_parts, in.n_channels);
+    if (in.n_taps > 1) fetch_part(call.ahead, index, n_parts);
     tile_for(in.n_taps, n1 - n0, v1 - v0)(in, to, conv.out.mask + v0 * kLanes, conv.activation);
   }
 

@@ -28,8 +28,8 @@ static void multiply(const float* x, const int32_t* columns, int n_channels, con
     if (AHEAD) {
       __builtin_prefetch(*turn + column, 0, 2);
       turn = turn + 1 < next_weights + NB ? turn + 1 : next_weights;
+      ahead.fetch();
     }
-    ahead.fetch();
     Vec value[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
@@ -68,7 +68,8 @@ static MultiplyFunction multiply_for(int n_filters, int n_vectors, std::integer_
   return functions[n_filters - 1](n_vectors);
 }
 
-// For 1 <= n_filters <= filters_at_once(n_vectors). AHEAD: whether to fetch the rows of next_weights meanwhile.
+// For 1 <= n_filters <= filters_at_once(n_vectors). AHEAD: whether to fetch the rows of next_weights, and what the stream
+// brings, meanwhile.
 template <bool AHEAD>
 static MultiplyFunction multiply_for(int n_filters, int n_vectors) {
   return multiply_for<AHEAD>(n_filters, n_vectors, std::make_integer_sequence<int, kMostFilters>{});

@@ -63,9 +63,8 @@ struct Stream {
 
   void DECOUPLIFY_INLINE_MEMBER fetch() {
     __builtin_prefetch(at, 0, 2);
-    skip(1);
+    at += step;
   }
-  void DECOUPLIFY_INLINE_MEMBER skip(int n_channels) { at += n_channels * step; }
 };
 
 DECOUPLIFY_INLINE Stream nothing_ahead(const float* anything) { return {reinterpret_cast<const char*>(anything), 0}; }
@@ -80,6 +79,17 @@ DECOUPLIFY_INLINE Stream stream_of(const Ahead& ahead, int i, int n, int n_chann
   if (region == 1) first -= ahead.n_lines[0], end -= ahead.n_lines[0];
   const auto* start = reinterpret_cast<const char*>(ahead.region[region]);
   return {start + first * kLine, ((end - first) * kLine + n_channels) / (n_channels + 1)};
+}
+
+// The same at once, where a loop has no time for it.
+DECOUPLIFY_INLINE void fetch_part(const Ahead& ahead, int i, int n) {
+  constexpr int64_t kFloats = 64 / sizeof(float);
+  for (int r = 0; r < 2; ++r) {
+    const int64_t end = ahead.n_lines[r] * (i + 1) / n;
+    for (int64_t line = ahead.n_lines[r] * i / n; line < end; ++line) {
+      __builtin_prefetch(ahead.region[r] + line * kFloats, 0, 2);
+    }
+  }
 }
 
 // The positions of one tile, for all channels: x + channel[c] + tap[t] is the first input it needs.
@@ -147,7 +157,6 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
   for (int c = 0; c < n_channels; ++c) {
     const float* x0 = first + channel[c];
     const int64_t column = columns[c];
-    ahead.fetch();
     if (TAPS == 9) {
       // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
       const int64_t ahead = columns[c + 1 < n_channels ? c + 1 : c];
@@ -158,6 +167,7 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
     if (TAPS == 1) {
       __builtin_prefetch(turn->next_weight + column, 0, 2);
       turn = turn + 1 < to + NB ? turn + 1 : to;
+      ahead.fetch();
     }
 #pragma GCC unroll 9
     for (int t = 0; t < n_taps; ++t) {

@@ -212,7 +212,7 @@ struct Winograd {
   }
 
   // Filters [n0, n1) of the list on one block.
-  void run_filters(const Block& block, int n0, int n1, Stream ahead, int thread) const {
+  void run_filters(const Block& block, int n0, int n1, int thread) const {
     const int n = n1 - n0, n_groups = divide_up(n, filters_at_once(block.n));
     const int64_t point = int64_t{block.n} * kLanes, filter = kPoints * point + 16;
     float* products = scratch.products[thread].reserve(filter * n);
@@ -222,8 +222,7 @@ struct Winograd {
         const float* weights[kMostFilters];
         for (int i = g0; i < g1; ++i) weights[i - g0] = weight_of(call.filters[n0 + i], e);
         multiply_for<false>(g1 - g0, block.n)(block.transformed + e * block.point, sources.column, sources.n, weights,
-                                              nullptr, ahead, products + g0 * filter + e * point, filter);
-        ahead.skip(sources.n);
+                                              nullptr, Stream{}, products + g0 * filter + e * point, filter);
       }
     }
     for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);
@@ -302,8 +301,8 @@ struct Winograd {
 
   void run_filter_block(const Block& block, int i_block, int f, int thread) const {
     const int parts = n_filter_blocks(), n0 = part(call.n_filters, parts, f), n1 = part(call.n_filters, parts, f + 1);
-    const int n_channels = kPoints * divide_up(n1 - n0, filters_at_once(block.n)) * sources.n;
-    run_filters(block, n0, n1, stream_of(call.ahead, i_block * parts + f, n_blocks() * parts, n_channels), thread);
+    fetch_part(call.ahead, i_block * parts + f, n_blocks() * parts);
+    run_filters(block, n0, n1, thread);
   }
 
   void run() const { call.n_threads == 1 || n_blocks() >= 2 * call.n_threads ? run_by_block() : run_by_filter(); }
