@@ -19,7 +19,10 @@ def failures(row: Row) -> list[str]:
     found = [law for law in laws if row.get(law) is False]
     error = row.get("sparse_error", 0.0)
     # float64 excuses rounding; it runs the reference, not the engine, so it does not excuse what is plainly wrong.
-    if error > 1e-2 or row.get("sparse_error_float64", error * 1e-5) > 1e-10:
+    # Where the masked form itself is far from its own float64, more is rounding: in proportion to that, with some room.
+    condition = row.get("masked_error", 0.0)
+    allowed, allowed_float64 = max(1e-2, 10 * condition), max(1e-10, 100 * condition * 2**-29)
+    if error > allowed or row.get("sparse_error_float64", error * 1e-5) > allowed_float64:
         found.append(f"sparse form off by {row['sparse_error']:.1e}")
     return found
 
@@ -89,6 +92,12 @@ def _means(wrapped: Sequence[Row], checked: Sequence[Row]) -> list[str]:
         exact = [r["sparse_error_float64"] for r in checked if "sparse_error_float64" in r]
         if exact:
             lines.append(f"- above 1e-5, repeated in float64: {len(exact)}, there at most {max(exact):.1e}")
+        chaotic = [r for r in checked if r.get("masked_error", 0.0) > 1e-3]
+        if chaotic:
+            lines.append(
+                "- chaotic with random weights, their masked form in float32 being more than 1e-3 from float64: "
+                + ", ".join(f"{r['name']} ({r['masked_error']:.0e})" for r in chaotic)
+            )
         untrained = sum(r.get("train_equal", True) is None for r in checked)
         lines.append(f"- training step not comparable, for the image is too small for batch norm: {untrained}")
     return lines
