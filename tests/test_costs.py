@@ -15,7 +15,6 @@ import decouplify
 from decouplify.costs import CostModel, channels_exist
 from decouplify.flow import GateSet
 from decouplify.sparse import count_executed_macs, native
-from decouplify.sparse.ops import FoldedBias
 from toynets import SIZE, TOYS, random_images, randomise_gates, run
 
 
@@ -76,10 +75,9 @@ def test_counted_macs_are_those_that_the_sparse_form_executes(
         with count_executed_macs() as counts:
             fast(image[None])
         executed.append(sum(counts))
-    if backend == "native" and any(isinstance(module, FoldedBias) for module in fast.modules()):
-        # The engine computes constants of closed channels like other values.
-        assert max(executed) < counted.dense + counted.controllers
-    elif backend == "reference" or "run by torch: nothing" in str(fast):
+    # The engine writes out a constant that a pool or a convolution with a border reads, for all that read it.
+    writes_constants = name == "NormOfGated"
+    if backend == "reference" or ("run by torch: nothing" in str(fast) and not writes_constants):
         assert counted.executed.tolist() == executed
     else:  # what comes back from torch has all of its channels, some of them zeros
         assert all(count <= done for count, done in zip(counted.executed.tolist(), executed, strict=True))

@@ -142,6 +142,7 @@ class Step:
     act: Act = IDENTITY
     clears: bool = False
     counts_padding: bool = False
+    leaves_constants: bool = False
     reads_part: bool = False
     epsilon: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)

@@ -87,6 +87,9 @@ struct Kernels {
   float (*sum)(const float* a, const Geometry&);
   // Of the call it reads the lists of channels and filters (all), the planes, the sums and the number of threads.
   void (*normalise)(const Norm&, const ConvolutionCall&, Scratch&);
+  // y[f] = bias[f] + the products of row f of the weight, (outputs, inputs), and x, for each filter f of the list.
+  void (*project)(const float* weight, const float* bias, const float* x, int n_inputs, const int32_t* filters,
+                  int n_filters, float* y);
   // y = activation(bias + sum over i of x[i] * weight[i]), weight (inputs, outputs). Inputs that are zero cost nothing.
   void (*linear)(const float* weight, const float* bias, const float* x, int n_inputs, float* y, int n_outputs,
                  Activation, int n_threads);

@@ -91,6 +91,7 @@ struct decouplify_plan {
   std::vector<decouplify_step> steps;
   std::vector<std::vector<float>> scales;  // per step, of averages
   std::vector<decouplify::Ahead> ahead;    // per step
+  std::vector<std::vector<float>> constants;  // per value, what a channel holds that does not exist; empty for zeros
   std::vector<int32_t> gate_sizes;
 
   const Geometry& geometry(int32_t value) const { return geometries[values[value].geometry]; }
@@ -98,6 +99,13 @@ struct decouplify_plan {
 };
 
 namespace {
+
+// A linear layer without inputs is the activation of its bias.
+std::vector<float> constants_of(const decouplify_step& scale, int32_t n_channels) {
+  std::vector<float> constants(n_channels);
+  chosen->linear(scale.weight, scale.bias, nullptr, 0, constants.data(), n_channels, scale.activation, 1);
+  return constants;
+}
 
 bool computes(int32_t kind) { return kind == kConvolution || kind == kExpand || kind == kWindow; }
 
@@ -125,6 +133,7 @@ struct decouplify_workspace {
   std::vector<Channels> gates;              // per gate
   std::vector<std::vector<float>> sums;     // per value, empty where nobody asks
   std::vector<float> pooled, hidden, logits;  // of the controller that runs
+  std::vector<float> absent, bias;            // of the convolution that runs, where absent channels hold constants
   decouplify::Scratch scratch;
   int64_t n_macs = 0;
 };
@@ -176,6 +185,15 @@ class Run {
   float sum_of(int32_t value, int32_t channel) const {
     const float* all = sums(value);
     return all != nullptr ? all[channel] : kernels_.sum(plane(value, channel), plan_.geometry(value));
+  }
+  float constant(int32_t value, int32_t channel) const {
+    const auto& constants = plan_.constants[value];
+    return constants.empty() ? 0.0f : constants[channel];
+  }
+  float mean_of(int32_t value, int32_t channel) const {
+    if (!live(value).flags[channel]) return constant(value, channel);
+    const Geometry& g = plan_.geometry(value);
+    return sum_of(value, channel) / static_cast<float>(int64_t{g.height} * g.width);
   }
   const Channels& open(const decouplify_step& s) const {
     if (s.gate >= 0) return workspace_.gates[s.gate];
@@ -233,6 +251,7 @@ class Run {
                                  s.activation, static_cast<decouplify::Algorithm>(s.algorithm),
                                  plan_.geometry(s.input), plan_.geometry(s.output)};
     copy_window(s, conv);
+    if (in.n < in.size() && !plan_.constants[s.input].empty()) conv.bias = bias_with_constants(s, filters);
     const bool adds = s.other >= 0;
     kernels_.convolve(conv,
                       {data(s.input), in.list.data(), in.n, data(s.output), filters.list.data(), filters.n,
@@ -242,6 +261,16 @@ class Run {
     count(conv, in, filters);
     if (adds) add_closed(s, filters);
     live(s.output).assign([&](int32_t c) { return filters.flags[c] || (adds && live(s.other).flags[c]); });
+  }
+
+  // What is the same at every pixel of a channel changes only the bias of a 1x1 convolution.
+  const float* bias_with_constants(const decouplify_step& s, const Channels& filters) const {
+    const Channels& in = live(s.input);
+    float* absent = workspace_.absent.data();
+    for (int32_t c = 0; c < in.size(); ++c) absent[c] = in.flags[c] ? 0.0f : constant(s.input, c);
+    kernels_.project(s.weight, s.bias, absent, in.size(), filters.list.data(), filters.n, workspace_.bias.data());
+    workspace_.n_macs += int64_t{in.size() - in.n} * filters.n;
+    return workspace_.bias.data();
   }
 
   // Where a filter is closed, the sum is the other operand.
@@ -337,7 +366,7 @@ class Run {
 
   void scale(const decouplify_step& s) const {
     const Channels& in = live(s.input);
-    live(s.output).assign([&](int32_t c) { return in.flags[c] || s.bias[c] != 0; });
+    live(s.output).assign([&](int32_t c) { return in.flags[c] || (s.bias[c] != 0 && !s.leaves_constants); });
     for (int32_t i = 0; i < live(s.output).n; ++i) {
       const int32_t c = live(s.output).list[i];
       const float total = kernels_.scale(in.flags[c] ? plane(s.input, c) : nullptr, s.weight[c], s.bias[c],
@@ -385,12 +414,8 @@ class Run {
 
   void mean(const decouplify_step& s) const {
     float* to = data(s.output);
-    const Geometry& g = plan_.geometry(s.input);
-    const float n_pixels = static_cast<float>(int64_t{g.height} * g.width);
-    for (int32_t c = 0; c < live(s.input).size(); ++c) {
-      to[c] = live(s.input).flags[c] ? sum_of(s.input, c) / n_pixels : 0.0f;
-    }
-    live(s.output).assign([&](int32_t c) { return live(s.input).flags[c]; });
+    for (int32_t c = 0; c < live(s.input).size(); ++c) to[c] = mean_of(s.input, c);
+    live(s.output).assign([&](int32_t c) { return live(s.input).flags[c] || !plan_.constants[s.input].empty(); });
   }
 
   void flatten(const decouplify_step& s) const {
@@ -416,9 +441,7 @@ class Run {
     if (plan_.is_vector(s.input)) {
       pooled = data(s.input);
     } else {
-      const Geometry& g = plan_.geometry(s.input);
-      const float n_pixels = static_cast<float>(int64_t{g.height} * g.width);
-      for (int32_t c = 0; c < n_inputs; ++c) pooled[c] = live(s.input).flags[c] ? sum_of(s.input, c) / n_pixels : 0.0f;
+      for (int32_t c = 0; c < n_inputs; ++c) pooled[c] = mean_of(s.input, c);
     }
     const decouplify::Activation relu{decouplify::ActivationKind::kClamp, 0.0f, kInfinity};
     const decouplify::Activation none{decouplify::ActivationKind::kClamp, -kInfinity, kInfinity};
@@ -467,7 +490,7 @@ void add_values(decouplify_workspace& workspace, const decouplify_plan& plan) {
   for (const int32_t size : plan.gate_sizes) workspace.gates.emplace_back(size).fill();
 }
 
-void add_controller_buffers(decouplify_workspace& workspace, const decouplify_plan& plan) {
+void add_buffers(decouplify_workspace& workspace, const decouplify_plan& plan) {
   size_t n_inputs = 1, n_hidden = 1, n_filters = 1;
   const auto raise = [](size_t& n, int32_t to) { n = n < size_t(to) ? to : n; };
   for (const auto& step : plan.steps) {
@@ -476,6 +499,14 @@ void add_controller_buffers(decouplify_workspace& workspace, const decouplify_pl
     raise(n_hidden, step.hidden);
     raise(n_filters, plan.gate_sizes[step.gate]);
   }
+  size_t n_absent = 1, n_biases = 1;
+  for (const auto& step : plan.steps) {
+    if (step.kind != kConvolution || plan.constants[step.input].empty()) continue;
+    raise(n_absent, plan.values[step.input].channels);
+    raise(n_biases, plan.values[step.output].channels);
+  }
+  workspace.absent.resize(n_absent);
+  workspace.bias.resize(n_biases);
   workspace.pooled.resize(n_inputs);
   workspace.hidden.resize(n_hidden);
   workspace.logits.resize(n_filters);
@@ -533,6 +564,11 @@ decouplify_plan* decouplify_plan_new(const decouplify_geometry* geometries, int3
     plan->scales.push_back(is_average ? average_scale(step, plan->geometry(step.input), plan->geometry(step.output))
                                       : std::vector<float>());
   }
+  plan->constants.resize(n_values);
+  for (const auto& step : plan->steps) {
+    if (step.kind != kScale || !step.leaves_constants) continue;
+    plan->constants[step.output] = constants_of(step, plan->values[step.output].channels);
+  }
   for (int32_t i = 0; i < n_steps; ++i) plan->ahead.push_back(ahead_of(*plan, i));
   return plan.release();
 } catch (const std::bad_alloc&) {
@@ -550,7 +586,7 @@ decouplify_workspace* decouplify_workspace_new(const decouplify_plan* plan) try 
   auto workspace = std::make_unique<decouplify_workspace>();
   for (const int64_t size : plan->arena_sizes) workspace->arenas.emplace_back(decouplify::allocate(size));
   add_values(*workspace, *plan);
-  add_controller_buffers(*workspace, *plan);
+  add_buffers(*workspace, *plan);
   return workspace.release();
 } catch (const std::bad_alloc&) {
   return nullptr;

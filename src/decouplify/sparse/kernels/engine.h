@@ -13,7 +13,7 @@
 
 extern "C" {
 
-enum { kAbiVersion = 2 };
+enum { kAbiVersion = 3 };
 
 enum Status : int32_t { kDone = 0, kUndefinedGate = 1, kOutOfMemory = 2 };
 
@@ -52,6 +52,9 @@ struct decouplify_step {
   int32_t activated;  // kConvolution: whether `activation` changes nothing in `other`
   int32_t clears;     // kCopy: whether the channels it does not write exist no longer
   int32_t counts_padding;  // kWindow: whether an average counts the padding
+  // kScale: whether a channel that the input lacks does not exist in the output either, though it would hold a constant.
+  // What reads the output then adds the constant: kControl and kMean, and convolutions of 1x1 by way of their bias.
+  int32_t leaves_constants;
   int32_t kernel[2], stride[2], padding[2], dilation[2];
   decouplify::Activation activation;
   float epsilon;

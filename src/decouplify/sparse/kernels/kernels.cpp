@@ -38,7 +38,8 @@ static void transform(Algorithm algorithm, const float* weight, int n_filters, i
 
 const Kernels& kernels() {
   static constexpr Kernels table{DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve,    slide,     expand_and_slide, transform,
-                                 add_planes,                        scale_plane, sum_plane, normalise,        linear};
+                                 add_planes,                        scale_plane, sum_plane, normalise,        project,
+                                 linear};
   return table;
 }
 

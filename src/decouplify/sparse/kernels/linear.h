@@ -28,6 +28,14 @@ static void add_rows(const float* const* rows, const float* x, int n_rows, float
   }
 }
 
+static void project(const float* weight, const float* bias, const float* x, int n_inputs, const int32_t* filters,
+                    int n_filters, float* y) {
+  for (int i = 0; i < n_filters; ++i) {
+    const int f = filters[i];
+    y[f] = bias[f] + dot(weight + int64_t{f} * n_inputs, x, n_inputs);
+  }
+}
+
 static void linear_range(const float* weight, const float* bias, const float* x, int n_inputs, float* y, int n_outputs,
                          const Activation& activation, int begin, int end) {
   memcpy(y + begin, bias + begin, (end - begin) * sizeof(float));

@@ -103,16 +103,7 @@ class PackedInput {
   // The dot products of the remaining pixels.
   void add_rest(const float* weight, float* to) const {
     for (int i = 0; i < n_rest_; ++i) {
-      const float* values = rest_ + i * n_weights();
-      Vec total[4] = {};
-      int64_t k = 0;
-      for (; k + 4 * kLanes <= n_weights(); k += 4 * kLanes) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) total[j] += load(weight + k + j * kLanes) * load(values + k + j * kLanes);
-      }
-      float dot = sum((total[0] + total[1]) + (total[2] + total[3]));
-      for (; k < n_weights(); ++k) dot += weight[k] * values[k];
-      to[i] = dot;
+      to[i] = dot(weight, rest_ + i * n_weights(), n_weights());
     }
   }
 

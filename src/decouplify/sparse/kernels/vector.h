@@ -98,6 +98,18 @@ DECOUPLIFY_INLINE float sum(Vec v) {
   return total;
 }
 
+DECOUPLIFY_INLINE float dot(const float* a, const float* b, int64_t n) {
+  Vec total[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) total[j] += load(a + i + j * kLanes) * load(b + i + j * kLanes);
+  }
+  float products = sum((total[0] + total[1]) + (total[2] + total[3]));
+  for (; i < n; ++i) products += a[i] * b[i];
+  return products;
+}
+
 // The even (odd) elements of two vectors side by side.
 template <int... I>
 DECOUPLIFY_INLINE Vec evens(Vec a, Vec b, std::integer_sequence<int, I...>) {
