@@ -6,7 +6,7 @@ import functools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,8 @@ class Program:
         leave_constants(self.steps)
         self._placement = place(self.draft)
         self._plan, self._kept = build_plan(self.draft, self._placement)
-        self._stretches = list(_stretches(self.draft, whole=fuse))
+        # Without fusing, somebody looks at what each step leaves.
+        self.stretches = list(_stretches(self.draft, lambda step: not fuse))
         nodes = list(module.graph.nodes)
         # What every run begins and ends with.
         self._image = next(n for n in nodes if n.op == "placeholder")
@@ -89,12 +90,18 @@ class Program:
             UndefinedGateError: If a gate is neither open nor closed.
         """
         with self.workspace() as workspace:
-            return Run(self, workspace, image).result()
+            return Run(self, workspace, image).result(self.stretches)
+
+    def run_forced(self, image: Tensor, forced: Mapping[str, Tensor]) -> Any:
+        """As ``run``, with gates given by node name, 0 or 1 each, in place of the controllers' decisions."""
+        stretches = _stretches(self.draft, lambda step: step.kind is StepKind.CONTROL)
+        with self.workspace() as workspace:
+            return Run(self, workspace, image, forced=forced).result(stretches)
 
     def run_observed(self, image: Tensor, observer: Callable[[str, Tensor], None], forced: Mapping[str, Tensor]) -> Any:
         """As ``run``, calling ``observer(node name, value)``; ``forced`` replaces gates by node name, 0 or 1 each."""
         with self.workspace() as workspace:
-            return Run(self, workspace, image, observer, forced).result()
+            return Run(self, workspace, image, observer, forced).result(self.stretches)
 
     def drop_transformed(self, step: int, algorithm: Algorithm) -> None:
         """Free Winograd weights that no program uses."""
@@ -118,6 +125,10 @@ class Program:
             yield functools.partial(workspace.run, step, step + 1, native.slots_of([]), n_threads)
             workspace.take_macs()
 
+    def can_force(self, forced: Mapping[str, Tensor]) -> bool:
+        """Whether these gates, by node name, leave all those open whose controllers do not run."""
+        return all(bool(forced[node.name].all()) for node in self.draft.always_open if node.name in forced)
+
     def describe(self) -> list[str]:
         """How convolutions are computed and what torch runs, a line each."""
         algorithms = Counter(s.algorithm for s in self.steps if s.kind is StepKind.CONVOLUTION)
@@ -125,7 +136,7 @@ class Program:
         cost = f" ({1e3 * sum(self.torch_seconds.values()):.2f} ms of the last image)" if self.torch_seconds else ""
         in_torch = Counter(name_of_call(self.module, i.node) for i in self.draft.items if isinstance(i, TorchCall))
         return [
-            f"engine: {len(self.steps)} steps in {sum(isinstance(s, Stretch) for s in self._stretches)} calls",
+            f"engine: {len(self.steps)} steps in {sum(isinstance(s, Stretch) for s in self.stretches)} calls",
             "convolutions: " + (", ".join(f"{n} {named[a]}" for a, n in algorithms.most_common()) or "none"),
             f"controllers: {len(self.draft.gates)} run, {len(self.draft.always_open)} gates always open",
             "run by torch: " + (", ".join(f"{n} {name}" for name, n in in_torch.most_common()) or "nothing") + cost,
@@ -171,9 +182,9 @@ class Run:
         self.values: dict[Node, Any] = {**program._constants, program._image: image}
         self.n_threads = torch.get_num_threads()
 
-    def result(self) -> Any:
+    def result(self, stretches: Iterable[Stretch | Item]) -> Any:
         """What the model returns."""
-        for item in self.program._stretches:
+        for item in stretches:
             self._do(item)
         return self._resolve(self.program._result)
 
@@ -268,17 +279,21 @@ def name_of_call(module: GraphModule, node: Node) -> str:
     return aten.name_of(node)
 
 
-def _stretches(draft: Draft, whole: bool) -> Iterator[Stretch | Item]:
-    """Items with runs of steps joined; each step by itself unless ``whole``."""
+def _stretches(draft: Draft, is_alone: Callable[[Step], bool]) -> Iterator[Stretch | Item]:
+    """Items with runs of steps joined, but for steps that are to be alone."""
     begin = end = 0
     for item in draft.items:
-        if isinstance(item, Step):
-            end += 1
-        if begin < end and (not whole or not isinstance(item, Step)):
+        joins = isinstance(item, Step) and not is_alone(item)
+        if begin < end and not joins:
             yield _stretch(draft, begin, end)
             begin = end
         if not isinstance(item, Step):
             yield item
+            continue
+        end += 1
+        if not joins:
+            yield _stretch(draft, begin, end)
+            begin = end
     if begin < end:
         yield _stretch(draft, begin, end)
 

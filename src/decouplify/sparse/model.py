@@ -170,22 +170,41 @@ class SparseModel(nn.Module):
         observer: Callable[[str, Tensor], None],
         forced: Mapping[str, Tensor] | None = None,
     ) -> Any:
-        """Run one image, (1, C, H, W), calling ``observer(node name, value)``; ``forced`` replaces gates by name."""
+        """Run one image, (1, C, H, W), calling ``observer(node name, value)``; ``forced`` replaces gates by name.
+
+        Every value is there to be seen. The arithmetic is that of ``forward``, but no operators are joined.
+        """
+        size = tuple(image.shape[1:])
+        replaced, program = self._prepared(image, forced or {}, fuse=False)
+        lowered = self.lowered_for(size)
+        if size in self._assumptions:
+            observer = self._assumptions[size].widen(lowered.gates, observer)
+        if program is not None:
+            with suppress(UndefinedGateError):
+                return program.run_observed(image, observer, replaced)
+        return _Observing(lowered.module, observer, replaced).run(image)
+
+    @torch.no_grad()
+    def run_forced(self, image: Tensor, forced: Mapping[str, Tensor]) -> Any:
+        """What ``forward`` would return for one image, (1, C, H, W), if its gates were the given ones, by name."""
+        replaced, program = self._prepared(image, forced, fuse=True)
+        if program is not None and program.can_force(replaced):
+            with suppress(UndefinedGateError):
+                return program.run_forced(image, replaced)
+        return _Observing(self.lowered_for(tuple(image.shape[1:])).module, lambda *_: None, replaced).run(image)
+
+    def _prepared(
+        self, image: Tensor, forced: Mapping[str, Tensor], *, fuse: bool
+    ) -> tuple[dict[str, Tensor], Program | None]:
+        """Forced gates by the name of their node, and the program that can run with them, if any."""
         self._check(image)
         size = tuple(image.shape[1:])
         lowered = self.lowered_for(size)
         if size in self._assumptions:
-            observer = self._assumptions[size].widen(lowered.gates, observer)
-            forced = self._assumptions[size].narrow(forced or {})
-        replaced = {lowered.gates[name]: value for name, value in (forced or {}).items()}
+            forced = self._assumptions[size].narrow(forced)
+        replaced = {lowered.gates[name]: value for name, value in forced.items()}
         is_binary = all(bool(((z == 0) | (z == 1)).all()) for z in replaced.values())
-        program = self.program_for(size, fuse=False) if is_binary and image.dtype == torch.float32 else None
-        if program is None:
-            return _Observing(lowered.module, observer, replaced).run(image)
-        try:
-            return program.run_observed(image, observer, replaced)
-        except UndefinedGateError:
-            return _Observing(lowered.module, observer, replaced).run(image)
+        return replaced, self.program_for(size, fuse=fuse) if is_binary and image.dtype == torch.float32 else None
 
     def lowered_for(self, size: tuple[int, ...]) -> Lowered:
         """The sparse form for one image size (C, H, W)."""

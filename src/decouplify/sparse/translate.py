@@ -75,6 +75,7 @@ class _Translation:
         self.in_torch: set[Node] = set()
         self.done: set[Node] = set()  # nodes that became part of an earlier step
         self.pads: dict[Node, tuple[int, int]] = {}  # rows and columns of zeros that the next convolution adds
+        self.concatenated: dict[Map, list[Map]] = {}
         self.modules = dict(module.named_modules())
 
     def run(self) -> Draft:
@@ -452,14 +453,22 @@ class _Translation:
         parts = [self.map_of(part) for part in operands]
         if any(p is None or not p.is_planar for p in parts) or int(aten.argument(node, "dim", 0)) not in (1, -3):
             return None
-        maps = [p for p in parts if p is not None]
+        maps = self._with_earlier_concatenation([p for p in parts if p is not None])
         y = _new_map(tuple(node.meta["val"].shape))
         y.bounds = _with_zero((min(m.bounds[0] for m in maps), max(m.bounds[1] for m in maps)))
+        self.concatenated[y] = [p for p in parts if p is not None]
         position = 0
         for part in maps:
             self.emit(StepKind.COPY, node, input=part, output=y, position=position, clears=position == 0)
             position += part.channels
         return y
+
+    def _with_earlier_concatenation(self, parts: list[Map]) -> list[Map]:
+        """In place of the first parts the last concatenation of them: in a dense block, of all but the newest."""
+        for whole, earlier in reversed(self.concatenated.items()):
+            if 1 < len(earlier) < len(parts) and earlier == parts[: len(earlier)]:
+                return [whole, *parts[len(earlier) :]]
+        return parts
 
     def pad(self, node: Node) -> Map | None:
         """Zeros around the pixels, or before and after the channels."""
