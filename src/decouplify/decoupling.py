@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decouplify.controller import ArchitectureController, binarise, improved_semhash, pooled, straight_through
+from decouplify.controller import ArchitectureController, binarise, improved_semhash, straight_through
 from decouplify.costs import CostModel
+from decouplify.gating import gate_and_pool, gated
 from decouplify.plan import End, Plan
 
 __all__ = ["Decoupling", "Forward", "decoupling_of", "module_key"]
@@ -272,32 +273,29 @@ class Decoupling(nn.Module):
                 "not run before in this forward. The model's control flow differs from the recorded run; exclude this "
                 "site with wrap(exclude=...)."
             )
-        if self.collects_outputs and self.training:
-            forward.pooled[name, end] = self._pool(end, y)
         z = forward.gates[name].to(y.dtype)
         if end.before_relu and (self.training or self._surrogate is not None):
             z = _never_quite_zero(z)
-        gated = _laid_out_as(y, y * (z[:, :, None, None] if end.axis == 1 else z[:, None, None, :]))
+        if self.collects_outputs and self.training:
+            product, forward.pooled[name, end] = gate_and_pool(y, z, end.axis, non_negative=end.non_negative)
+        else:
+            product = gated(y, z, end.axis)
+        product = _laid_out_as(y, product)
         if self._observer is not None:
-            self._observer(name, end, gated)
-        return gated
-
-    @staticmethod
-    def _pool(end: End, y: Tensor) -> Tensor:
-        """Mean magnitude per channel: the paper's average pool where features are >= 0, defined elsewhere."""
-        return pooled(y if end.non_negative else y.abs(), end.axis)
+            self._observer(name, end, product)
+        return product
 
 
-def _laid_out_as(y: Tensor, gated: Tensor) -> Tensor:
+def _laid_out_as(y: Tensor, product: Tensor) -> Tensor:
     """The gated value with the strides of the value itself.
 
     A product keeps the memory layout, but where dimensions have size one several descriptions fit one layout. Later
     operators choose their arithmetic by the description, and would round otherwise than without a gate.
     """
-    strides = list(zip(y.shape, y.stride(), gated.stride(), strict=True))
+    strides = list(zip(y.shape, y.stride(), product.stride(), strict=True))
     if all(a == b for _, a, b in strides) or any(n != 1 and a != b for n, a, b in strides):
-        return gated
-    return gated.as_strided(y.shape, y.stride())
+        return product
+    return product.as_strided(y.shape, y.stride())
 
 
 def _never_quite_zero(z: Tensor) -> Tensor:
