@@ -155,7 +155,10 @@ struct Winograd {
   int n_runs() const { return divide_up(conv.out.height, M) * runs_per_row(); }
   int n_vectors() const { return divide_up(n_runs(), M); }
   int n_blocks() const { return divide_up(n_vectors(), kTileVectors); }
-  int n_filter_blocks() const { return divide_up(call.n_filters, kFiltersAtOnce); }
+  // As many for each thread.
+  int n_filter_blocks() const {
+    return divide_up(call.n_filters, kFiltersAtOnce * call.n_threads) * call.n_threads;
+  }
 
   struct Block {
     int first, n;           // vectors
