@@ -19,7 +19,7 @@ from decouplify.losses import DecouplingLoss
 from decouplify.sparse import SparseModel, backend, count_executed_macs, native, tuning
 from decouplify.sparse.ops import Exists, SparseConv2d, SparseLinear
 from decouplify.sparse.verification import relative_error
-from toynets import N_CLASSES, SIZE, TOYS, leaves, random_gates, random_images, randomise_gates, run
+from toynets import N_CLASSES, SIZE, TOYS, leaves, random_gates, random_images, randomise_gates, randomise_statistics, run
 
 TOLERANCE = 1e-5
 
@@ -400,3 +400,17 @@ def test_a_channel_exists_if_one_gate_of_its_set_is_open_or_undefined() -> None:
     exists = Exists(torch.tensor([[0, 1], [1, 3], [3, 3], [4, 3], [2, 3]]))  # 3 is always closed, 4 always open
     assert exists(torch.tensor([0.0, 1.0]), torch.tensor([0.0])).tolist() == [True, True, False, True, False]
     assert exists(torch.tensor([1.0, 0.0]), torch.tensor([math.nan])).tolist() == [True, False, False, True, True]
+
+
+def test_a_weight_is_there_once_however_many_sizes_run() -> None:
+    """Folding norms into copies of the weights would need their memory twice."""
+    model = randomise_statistics(TOYS["Plain"].wrapped()).eval()
+    fast = decouplify.sparsify(model)
+    decouplify.verify(model, fast, random_images(2))
+    sources = {p.data_ptr() for p in fast._source[0].parameters()}
+    for size in (SIZE, (3, 24, 20)):
+        images = torch.randn(2, *size)
+        assert relative_error(fast(images), model(images).detach()) <= TOLERANCE
+        convolutions = [m for m in fast.lowered_for(size).module.modules() if isinstance(m, SparseConv2d)]
+        assert len(convolutions) == 3
+        assert all(m.weight.data_ptr() in sources for m in convolutions)

@@ -7,6 +7,7 @@ gates of its filters and the existence of its channels; everything else stays as
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,8 +65,8 @@ def lower(trace: Trace, matching: Matching, decoupling: Decoupling) -> Lowered:
     """The sparse form of a recorded run.
 
     Args:
-        trace: The run of the unwrapped model in eval mode. Its tensors are kept where no norm is folded into them, so
-            they must not change afterwards.
+        trace: The run of the unwrapped model in eval mode. Its tensors are kept, so they must not change afterwards;
+            where a norm can be folded into a weight, that is done in place, and the norm becomes one that only adds.
         matching: Its sites; gate names must be those of ``decoupling``.
         decoupling: The controllers, which are copied.
     """
@@ -84,6 +85,7 @@ class _Lowering:
         self.new: dict[Node, Any] = {}
         self.gates: dict[str, Node] = {}
         self.static = _evaluate_static(trace)
+        self.n_names = Counter(tensor.data_ptr() for tensor in trace.tensors.values())
         self.constants = constants_of(trace, matching, self.costs.readers, self.static)
         self.end_of = {node: end for end, node in matching.ends.items()}
         self.gate_of_end = {end: gate.name for gate in matching.plan.gates for end in gate.ends}
@@ -215,8 +217,41 @@ class _Lowering:
         if fused.norm is None:
             return weight.detach(), bias.detach()
         scale, shift = self._scale_and_shift(fused.norm)
-        folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-        return folded.to(weight.dtype), (bias.double() * scale + shift).to(weight.dtype)
+        folded = (weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+        folded_bias = (bias.double() * scale + shift).to(weight.dtype)
+        if not torch.equal(folded, weight):  # a norm that was folded before leaves the weight as it is
+            self._keep_folded(fused, folded, folded_bias)
+        # The weight need not be there twice.
+        return (weight.detach() if torch.equal(folded, weight) else folded), folded_bias
+
+    def _keep_folded(self, fused: _Fused, weight: Tensor, bias: Tensor) -> None:
+        """Put the folded weight in place of the recorded one, and a norm that only adds the folded bias after it."""
+        conv, norm = fused.conv, fused.norm
+        assert norm is not None
+        own_weight, mean, var = (
+            self._own_tensor(node)
+            for node in (conv.args[1], aten.argument(norm, "running_mean"), aten.argument(norm, "running_var"))
+        )
+        if own_weight is None or mean is None or var is None or own_weight.dtype != torch.float32:
+            return
+        neutral = [(aten.argument(norm, "weight"), 1.0), (aten.argument(norm, "bias"), 0.0)]
+        neutral.append((aten.argument(conv, "bias"), 0.0))
+        found = [(self._own_tensor(node), value) for node, value in neutral if node is not None]
+        if any(tensor is None for tensor, _ in found):
+            return
+        for tensor, value in found:
+            assert tensor is not None
+            tensor.fill_(value)
+        own_weight.copy_(weight)
+        mean.copy_(-bias)
+        var.fill_(1.0 - float(aten.argument(norm, "eps")))
+
+    def _own_tensor(self, node: Any) -> Tensor | None:
+        """The recorded tensor behind a node, if nothing else in the graph reads it under this or another name."""
+        if not isinstance(node, Node) or node.op != "get_attr" or len(node.users) != 1:
+            return None
+        tensor = self.trace.tensors[str(node.target)]
+        return tensor if self.n_names[tensor.data_ptr()] == 1 else None
 
     def _scale_and_shift(self, norm: Node) -> tuple[Tensor, Tensor]:
         mean, var, gamma, beta = (
