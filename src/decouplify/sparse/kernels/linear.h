@@ -7,6 +7,8 @@ namespace decouplify::DECOUPLIFY_ISA {
 
 // Rows of the weight that are added up in one pass over the outputs.
 constexpr int kRowsAtOnce = 8;
+// Outputs whose partial sums are kept at a time; see kLongestSum.
+constexpr int kOutputsAtOnce = 1024;
 
 // y += sum of x[i] * row[i] over a few rows, n a whole number of vectors plus a rest.
 static void add_rows(const float* const* rows, const float* x, int n_rows, float* y, int begin, int end) {
@@ -36,19 +38,37 @@ static void project(const float* weight, const float* bias, const float* x, int 
   }
 }
 
-static void linear_range(const float* weight, const float* bias, const float* x, int n_inputs, float* y, int n_outputs,
-                         const Activation& activation, int begin, int end) {
-  memcpy(y + begin, bias + begin, (end - begin) * sizeof(float));
+// y += the products of inputs [first, last), of which those that are zero cost nothing.
+static void add_inputs(const float* weight, const float* x, int first, int last, float* y, int n_outputs, int begin,
+                       int end) {
   const float* rows[kRowsAtOnce];
   float values[kRowsAtOnce];
   int n = 0;
-  for (int i = 0; i < n_inputs; ++i) {
+  for (int i = first; i < last; ++i) {
     if (x[i] == 0.0f) continue;
     rows[n] = weight + int64_t{i} * n_outputs;
     values[n++] = x[i];
     if (n == kRowsAtOnce) add_rows(rows, values, n, y, begin, end), n = 0;
   }
   if (n > 0) add_rows(rows, values, n, y, begin, end);
+}
+
+static void linear_range(const float* weight, const float* bias, const float* x, int n_inputs, float* y, int n_outputs,
+                         const Activation& activation, int begin, int end) {
+  memcpy(y + begin, bias + begin, (end - begin) * sizeof(float));
+  if (n_inputs <= kLongestSum) {
+    add_inputs(weight, x, 0, n_inputs, y, n_outputs, begin, end);
+  } else {
+    alignas(64) float part[kOutputsAtOnce];
+    for (int from = begin; from < end; from += kOutputsAtOnce) {
+      const int to = smaller(end, from + kOutputsAtOnce);
+      for (int i = 0; i < n_inputs; i += kLongestSum) {
+        memset(part, 0, (to - from) * sizeof(float));
+        add_inputs(weight + from, x, i, smaller(n_inputs, i + kLongestSum), part, n_outputs, 0, to - from);
+        for (int k = from; k < to; ++k) y[k] += part[k - from];
+      }
+    }
+  }
   int k = begin;
   for (; k + kLanes <= end; k += kLanes) store(y + k, activate(load(y + k), activation));
   for (; k < end; ++k) y[k] = activate(splat(y[k]), activation)[0];

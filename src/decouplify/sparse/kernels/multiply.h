@@ -22,23 +22,35 @@ static void multiply(const float* x, const int32_t* columns, int n_channels, con
     for (int v = 0; v < NV; ++v) acc[n][v] = Vec{};
   }
   const float* const* turn = next_weights;
-  for (int c = 0; c < n_channels; ++c, x += NV * kLanes) {
-    const int64_t column = columns[c];
-    // One row per channel: sixteen channels share a line, so each row has its turn.
-    if (AHEAD) {
-      __builtin_prefetch(*turn + column, 0, 2);
-      turn = turn + 1 < next_weights + NB ? turn + 1 : next_weights;
-      ahead.fetch();
+  Vec total[NB][NV];
+  // Winograd rounds more than a sum of its channels does.
+  const int n_at_once = AHEAD ? kLongestSum : n_channels;
+  if (n_channels > n_at_once) memset(total, 0, sizeof(total));
+  for (int c = 0; c < n_channels;) {
+    if (c > 0) put_aside(acc, total);
+    const int end = smaller(n_channels, c + n_at_once);
+    for (; c < end; ++c, x += NV * kLanes) {
+      const int64_t column = columns[c];
+      // One row per channel: sixteen channels share a line, so each row has its turn.
+      if (AHEAD) {
+        __builtin_prefetch(*turn + column, 0, 2);
+        turn = turn + 1 < next_weights + NB ? turn + 1 : next_weights;
+        ahead.fetch();
+      }
+      Vec value[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
+#pragma GCC unroll 8
+      for (int n = 0; n < NB; ++n) {
+        const Vec w = splat(weight[n][column]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
+      }
     }
-    Vec value[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
-#pragma GCC unroll 8
-    for (int n = 0; n < NB; ++n) {
-      const Vec w = splat(weight[n][column]);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
-    }
+  }
+  if (n_channels > n_at_once) {
+    put_aside(acc, total);
+    memcpy(acc, total, sizeof(acc));
   }
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) {

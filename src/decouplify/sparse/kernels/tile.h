@@ -129,6 +129,22 @@ DECOUPLIFY_INLINE void finish_row(const Vec (&acc)[NV], const TileOutput& to, co
   if (to.partial_sum != nullptr) store(to.partial_sum, load(to.partial_sum) + total);
 }
 
+// Products that are added up one after another. Longer sums are sums of such sums, which lose fewer digits.
+constexpr int kLongestSum = 256;
+
+// Adds the sums so far to `total` and starts new ones.
+template <int NB, int NV>
+DECOUPLIFY_INLINE void put_aside(Vec (&acc)[NB][NV], Vec (&total)[NB][NV]) {
+#pragma GCC unroll 8
+  for (int n = 0; n < NB; ++n) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      total[n][v] += acc[n][v];
+      acc[n][v] = Vec{};
+    }
+  }
+}
+
 // TAPS is the number of taps per channel, 0 for a number known at run time only.
 template <int TAPS, int NB, int NV>
 static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* mask, const Activation& activation) {
@@ -154,34 +170,45 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
   const int32_t* columns = in.column;
   const TileOutput* turn = to;
   Stream ahead = in.ahead;
-  for (int c = 0; c < n_channels; ++c) {
-    const float* x0 = first + channel[c];
-    const int64_t column = columns[c];
-    if (TAPS == 9) {
-      // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
-      const int64_t ahead = columns[c + 1 < n_channels ? c + 1 : c];
+  const int n_at_once = TAPS > 0 ? kLongestSum / TAPS : 1 + kLongestSum / n_taps;
+  Vec total[NB][NV];
+  if (n_channels > n_at_once) memset(total, 0, sizeof(total));
+  for (int c = 0; c < n_channels;) {
+    if (c > 0) put_aside(acc, total);
+    const int end = smaller(n_channels, c + n_at_once);
+    for (; c < end; ++c) {
+      const float* x0 = first + channel[c];
+      const int64_t column = columns[c];
+      if (TAPS == 9) {
+        // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
+        const int64_t ahead = columns[c + 1 < n_channels ? c + 1 : c];
 #pragma GCC unroll 8
-      for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + ahead);
-    }
-    // One row per channel: sixteen channels share a line, so each row has its turn.
-    if (TAPS == 1) {
-      __builtin_prefetch(turn->next_weight + column, 0, 2);
-      turn = turn + 1 < to + NB ? turn + 1 : to;
-      ahead.fetch();
-    }
+        for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + ahead);
+      }
+      // One row per channel: sixteen channels share a line, so each row has its turn.
+      if (TAPS == 1) {
+        __builtin_prefetch(turn->next_weight + column, 0, 2);
+        turn = turn + 1 < to + NB ? turn + 1 : to;
+        ahead.fetch();
+      }
 #pragma GCC unroll 9
-    for (int t = 0; t < n_taps; ++t) {
-      const float* x = x0 + in.tap[t];
-      Vec value[NV];
+      for (int t = 0; t < n_taps; ++t) {
+        const float* x = x0 + in.tap[t];
+        Vec value[NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
+        for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
 #pragma GCC unroll 8
-      for (int n = 0; n < NB; ++n) {
-        const Vec w = splat(weight[n][column + t]);
+        for (int n = 0; n < NB; ++n) {
+          const Vec w = splat(weight[n][column + t]);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
+          for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
+        }
       }
     }
+  }
+  if (n_channels > n_at_once) {
+    put_aside(acc, total);
+    memcpy(acc, total, sizeof(acc));
   }
   with_activation(activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
 #pragma GCC unroll 8
