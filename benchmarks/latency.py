@@ -229,7 +229,19 @@ def page(found: Iterable[tuple[str, Result]]) -> str:
     if not results:
         raise SystemExit("no results to report; measure something first")
     todo = [str(row) for row in rows() if str(row) not in results]
-    return "\n".join([preamble(results.values()), *summary(results), *details(results), *left(todo)])
+    import memory
+    import scaling
+
+    return "\n".join(
+        [
+            preamble(results.values()),
+            *summary(results),
+            *scaling.section(),
+            *memory.section(),
+            *details(results),
+            *left(todo),
+        ]
+    )
 
 
 def preamble(results: Iterable[Result]) -> str:

@@ -91,6 +91,25 @@ def measure(name: str, n_images: int) -> dict[str, Any]:
     }
 
 
+def section(path: Path = RESULTS) -> list[str]:
+    """The table for the performance page."""
+    if not path.exists():
+        return []
+    head = "| network | weights, MB | activations, MB | peak, MB | multiple | second form | images | growth, MB |"
+    lines = ["## Memory", "", *TEXT, "", head, "| --- " * 8 + "|"]
+    keys = ("network", "weights_mb", "activations_mb", "peak_mb", "multiple", "multiple_of_second", "n_images")
+    for row in map(json.loads, path.read_text().splitlines()):
+        lines.append(f"| {' | '.join(str(row[key]) for key in (*keys, 'growth_mb'))} |")
+    return [*lines, ""]
+
+
+TEXT = (
+    "What a process grows by from the wrapped network to the sparse form at work, gates open, in multiples of the",
+    "float32 weights and the dense activations of one image: `python benchmarks/memory.py`. *Second form*: after the",
+    "first was deleted and another made, which shows what the C library keeps. *Growth*: over the last images.",
+)
+
+
 def dense_activations(model: Any, image: Any) -> int:
     """Bytes of what all layers without children return for one image."""
     import torch

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latency import available_cores, network
 from torch import Tensor
 
 import decouplify
@@ -27,11 +26,18 @@ from decouplify.sparse import SparseModel
 
 ROWS = (("resnet18", None), ("resnet18", 2.03), ("vgg16_bn", None), ("vgg16_bn", 3.23), ("resnet56", 2.0))
 N_IMAGES = 8
+RESULTS = Path("docs/results/scaling.jsonl")
+TEXT = (
+    "The sparse form by itself, without other runtimes in the process, in milliseconds per image (medians; gains are",
+    "medians of the ratios within each round, with their 20th and 80th percentile): `python benchmarks/scaling.py`. A",
+    f"batch is {N_IMAGES} images at most, on one thread.",
+)
+CORES = tuple(sorted(os.sched_getaffinity(0)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/scaling.jsonl"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     rows = []
@@ -70,6 +76,8 @@ def measure(name: str, reduction: float | None, n_rounds: int) -> dict[str, Any]
 
 def gated(name: str, reduction: float | None) -> tuple[SparseModel, Tensor]:
     """A network's sparse form, and images for which random gates save that much (None: all gates are open)."""
+    from latency import network  # which shows this module's results
+
     model, size = network(name)
     decouplify.wrap(model, size, verify=False)
     decoupling = decouplify.decoupling.decoupling_of(model)
@@ -86,7 +94,7 @@ def gated(name: str, reduction: float | None) -> tuple[SparseModel, Tensor]:
 def seconds(fast: SparseModel, batches: Any, n_threads: int) -> float:
     """Wall-clock seconds of all batches, on as many cores as threads."""
     torch.set_num_threads(n_threads)
-    os.sched_setaffinity(0, available_cores_at_start[:n_threads])
+    os.sched_setaffinity(0, CORES[:n_threads])
     start = time.perf_counter()
     for batch in batches:
         fast(batch)
@@ -103,7 +111,22 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
-available_cores_at_start = available_cores()
+def section(path: Path = RESULTS) -> list[str]:
+    """The table for the performance page."""
+    if not path.exists():
+        return []
+    head = "| network | gates | 1 thread | 2 threads | in a batch | gain of 2 threads | gain of a batch |"
+    lines = ["## Threads and batches", "", *TEXT, "", head, "| --- " * 7 + "|"]
+    for row in map(json.loads, path.read_text().splitlines()):
+        gates = "all open" if row["mac_reduction"] is None else f"random, {row['mac_reduction']:.2f}x"
+        times = [f"{row['ms_per_image'][way]['median']:.2f}" for way in ("1 thread", "2 threads", "batch")]
+        gains = [
+            f"{gain['median']:.2f} ({gain['p20']:.2f} to {gain['p80']:.2f})"
+            for gain in (row["two_threads"], row["batch"])
+        ]
+        lines.append(f"| {' | '.join([row['network'], gates, *times, *gains])} |")
+    return [*lines, ""]
+
 
 if __name__ == "__main__":
     main()

@@ -265,7 +265,9 @@ def assert_forms_agree(model: nn.Module, size: tuple[int, int, int], **options: 
     images = random_images(2, size)
     for mode, error in (("fast", 1e-5), ("exact", 2e-6)):
         fast = decouplify.sparsify(model, mode=mode)  # type: ignore[arg-type]
-        assert decouplify.verify(model, fast, images).max_error <= error
+        report = decouplify.verify(model, fast, images)
+        assert report.output_error <= error
+        assert report.max_error <= max(4e-6, error)  # of layers within, some have values close to zero
         expected = run(model, images)[0]
         assert relative_error(run(fast, images)[0], expected) <= error
         assert torch.equal(run(fast, images)[0].argmax(1), expected.argmax(1))
