@@ -194,13 +194,19 @@ def masked_error(model: nn.Module, image: Tensor) -> float:
 
 @contextmanager
 def weights_shared() -> Iterator[None]:
-    """While it lasts, ``sparsify`` takes no snapshot: nothing trains here, and the largest weights fit only once."""
+    """While it lasts, ``sparsify`` takes no snapshot: nothing trains here, and the largest weights fit only once.
+
+    Norms must then not be folded in place, for they are the model's own.
+    """
 
     def share(tensor: Tensor) -> Tensor:
         shared = tensor.detach()
         return nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
 
-    with mock.patch("decouplify.sparse.model._to_cpu", share):
+    with (
+        mock.patch("decouplify.sparse.model._to_cpu", share),
+        mock.patch("decouplify.sparse.lower._Lowering._keep_folded"),
+    ):
         yield
 
 

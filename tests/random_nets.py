@@ -349,9 +349,10 @@ def build(spec: NetSpec) -> RandomNet:
         torch.manual_seed(spec.seed)
         net = RandomNet(spec)
         for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.5)
+            if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2.0)
     return net.eval()

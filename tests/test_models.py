@@ -78,9 +78,10 @@ def build(name: str) -> nn.Module:
         segmentation = {"weights_backbone": None} if "deeplab" in model else {}
         net = torchvision.models.get_model(model, weights=None, **quiet, **segmentation)
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return net.eval()

@@ -19,7 +19,17 @@ from decouplify.losses import DecouplingLoss
 from decouplify.sparse import SparseModel, backend, count_executed_macs, native, tuning
 from decouplify.sparse.ops import Exists, SparseConv2d, SparseLinear
 from decouplify.sparse.verification import relative_error
-from toynets import N_CLASSES, SIZE, TOYS, leaves, random_gates, random_images, randomise_gates, randomise_statistics, run
+from toynets import (
+    N_CLASSES,
+    SIZE,
+    TOYS,
+    leaves,
+    random_gates,
+    random_images,
+    randomise_gates,
+    randomise_statistics,
+    run,
+)
 
 TOLERANCE = 1e-5
 

@@ -41,9 +41,8 @@ struct LayerNorm {
       i += exists;
       Vec centred[NV];
       for (int v = 0; v < NV; ++v) centred[v] = (exists ? load(x + v * kLanes) - mean[v] : -mean[v]) * scale[v];
-      for (int v = 0; v < NV; ++v) centred[v] *= norm.weight[c];
-      const TileOutput to{nullptr, nullptr, call.out + c * norm.geometry.plane + at, nullptr, sums.of(thread, c),
-                          norm.bias[c]};
+      for (int v = 0; v < NV; ++v) centred[v] = centred[v] * norm.weight[c] + norm.bias[c];
+      const TileOutput to{nullptr, nullptr, call.out + c * norm.geometry.plane + at, nullptr, sums.of(thread, c), 0};
       finish_row<NV>(centred, to, norm.geometry.mask + position, [](Vec x) { return x; });
     }
   }
