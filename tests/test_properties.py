@@ -85,6 +85,15 @@ def test_masked_and_sparse_form_agree_and_cost_what_was_counted(spec: NetSpec) -
 
 
 @given(net_specs)
+def test_the_engine_agrees_with_the_masked_form(spec: NetSpec) -> None:
+    net = wrapped(spec)
+    randomise_gates(net, spec.seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("decouplify.sparse.model.choose_algorithms", lambda program, exact: None)  # measures for seconds
+        decouplify.verify(net, decouplify.sparsify(net), images_for(spec), rtol=1e-4)
+
+
+@given(net_specs)
 def test_closed_gates_leave_zeros_where_the_flow_predicts_them(spec: NetSpec) -> None:
     # wrap(verify=True) closes random gates and raises where a predicted zero is not one; the rest is for the oracle.
     net = wrapped(spec)
