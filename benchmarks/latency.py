@@ -229,9 +229,6 @@ def page(found: Iterable[tuple[str, Result]]) -> str:
     if not results:
         raise SystemExit("no results to report; measure something first")
     todo = [str(row) for row in rows() if str(row) not in results]
-    import memory
-    import scaling
-
     return "\n".join(
         [
             preamble(results.values()),
