@@ -100,7 +100,10 @@ def rows() -> Iterator[Row]:
 def main() -> None:
     args = parse_arguments()
     if args.report:
-        args.report.write_text(page(latest(args.out)))
+        import memory
+        import scaling
+
+        args.report.write_text(page(latest(args.out), [*scaling.section(), *memory.section()]))
         return
     if args.checkpoint:
         measure(args, Row(args.checkpoint.stem, None), *trained(args.checkpoint, args.data))
@@ -223,8 +226,8 @@ gates. Made by `python benchmarks/latency.py --out docs/results/latency.jsonl --
 """
 
 
-def page(found: Iterable[tuple[str, Result]]) -> str:
-    """The performance page."""
+def page(found: Iterable[tuple[str, Result]], more: Iterable[str] = ()) -> str:
+    """The performance page, with more lines before the single measurements."""
     results = dict(found)
     if not results:
         raise SystemExit("no results to report; measure something first")
@@ -233,8 +236,7 @@ def page(found: Iterable[tuple[str, Result]]) -> str:
         [
             preamble(results.values()),
             *summary(results),
-            *scaling.section(),
-            *memory.section(),
+            *more,
             *details(results),
             *left(todo),
         ]
