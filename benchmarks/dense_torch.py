@@ -1,6 +1,7 @@
 """Whether a dense convolution of torch is ever the better way for a layer of which half the filters are open.
 
-Half of the channels are missing, too, where gates decide about them. The engine could leave such a layer to torch, at the price of crossing over: a copy there and back, and the call.
+Half of the channels are missing, too, where gates decide about them. The engine could leave such a layer to torch, at
+the price of crossing over: a copy there and back, and the call.
 
 $ OMP_NUM_THREADS=1 python benchmarks/dense_torch.py resnet18 resnet50 mobilenet_v2 convnext_tiny
 """
