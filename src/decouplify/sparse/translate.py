@@ -75,7 +75,7 @@ class _Translation:
         self.in_torch: set[Node] = set()
         self.done: set[Node] = set()  # nodes that became part of an earlier step
         self.pads: dict[Node, tuple[int, int]] = {}  # rows and columns of zeros that the next convolution adds
-        self.concatenated: dict[Map, list[Map]] = {}
+        self.concatenated: dict[Map, list[Map]] = {}  # the parts of each concatenation
         self.modules = dict(module.named_modules())
 
     def run(self) -> Draft:
@@ -453,14 +453,14 @@ class _Translation:
         parts = [self.map_of(part) for part in operands]
         if any(p is None or not p.is_planar for p in parts) or int(aten.argument(node, "dim", 0)) not in (1, -3):
             return None
-        maps = self._with_earlier_concatenation([p for p in parts if p is not None])
+        maps = [p for p in parts if p is not None]
         y = _new_map(tuple(node.meta["val"].shape))
         y.bounds = _with_zero((min(m.bounds[0] for m in maps), max(m.bounds[1] for m in maps)))
-        self.concatenated[y] = [p for p in parts if p is not None]
         position = 0
-        for part in maps:
+        for part in self._with_earlier_concatenation(maps):
             self.emit(StepKind.COPY, node, input=part, output=y, position=position, clears=position == 0)
             position += part.channels
+        self.concatenated[y] = maps
         return y
 
     def _with_earlier_concatenation(self, parts: list[Map]) -> list[Map]:
@@ -506,7 +506,7 @@ class _Translation:
         return y
 
 
-#: What the engine finds out by itself: which channels exist, and (for it computes them) what absent ones add.
+#: What the engine finds out by itself: which channels exist, and what absent ones add to a bias.
 _ONLY_FOR_TORCH = (Exists, FoldedBias)
 
 #: In place of the index of a gate.
