@@ -1,4 +1,4 @@
-"""The engine under valgrind: a whole small network, run by a program that has nothing else in it."""
+"""The engine by itself: a whole small network in a program that has nothing else in it, under valgrind and on ARM."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from decouplify.sparse.native import Algorithm, StepKind
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "src/decouplify/sparse/kernels"
+RUN_PLAN = ROOT / "tests/native/run_plan.cpp"
 SIZE = (3, 37, 41)  # no multiple of anything
 N_CLASSES = 7
 POINTERS = ("weight", "bias", "weight2", "bias2", "transformed")
@@ -117,10 +118,39 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs valgrind and g++")
     found = tmp_path_factory.mktemp("native") / "run_plan"
     library = Path(os.environ.get("DECOUPLIFY_LIBRARY", KERNELS.parent / "libdecouplify.so"))
-    source = ROOT / "tests/native/run_plan.cpp"
-    command = ["g++", "-std=c++17", "-g", "-Wall", f"-I{KERNELS}", str(source), str(library), "-o", str(found)]
+    command = ["g++", "-std=c++17", "-g", "-Wall", f"-I{KERNELS}", str(RUN_PLAN), str(library), "-o", str(found)]
     subprocess.run([*command, f"-Wl,-rpath,{library.parent}"], check=True)
     return found
+
+
+@pytest.fixture(scope="module")
+def runner_for_arm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that emulates run_plan as compiled for 64-bit ARM, where vectors of four floats are NEON's."""
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
+    if shutil.which(compiler) is None or shutil.which(emulator) is None:
+        pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user-static")
+    found = tmp_path_factory.mktemp("arm") / "run_plan"
+    # One instruction set, so its file is compiled like any other.
+    sources = [RUN_PLAN, *(KERNELS / f"{name}.cpp" for name in ("engine", "dispatch", "memory", "threads", "kernels"))]
+    options = ["-std=c++17", "-O3", "-static", "-ffp-contract=fast", "-DDECOUPLIFY_ISA=generic", f"-I{KERNELS}"]
+    subprocess.run([compiler, *options, *map(str, sources), "-o", str(found)], check=True)
+    return [emulator, str(found)]
+
+
+def check_every_algorithm(
+    program: Program, command: list[str], n_threads: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let a runner have each layer's every algorithm; it must succeed and give the numbers of the reference."""
+    images = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(1))
+    wanted = torch.cat([program.module(image[None]) for image in images])
+    (folder / "images").write_bytes(images.numpy().tobytes())
+    files = [str(folder / name) for name in ("plan", "images", "outputs")]
+    for algorithms in variants(program):
+        write_plan(program, algorithms, folder / "plan", monkeypatch)
+        done = subprocess.run([*command, *files, str(n_threads)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{algorithms}: {done.stdout}{done.stderr}"
+        found = torch.from_numpy(np.fromfile(folder / "outputs", dtype=np.float32)).view(3, N_CLASSES)
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 
 @pytest.mark.slow
@@ -129,19 +159,18 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_network_under_valgrind(
     program: Program, runner: Path, n_threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every algorithm of every layer: no access outside of its memory, no leak, and the numbers of the reference."""
-    images = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(1))
-    wanted = torch.cat([program.module(image[None]) for image in images])
-    (tmp_path / "images").write_bytes(images.numpy().tobytes())
+    """No access outside of its memory and no leak."""
     # The threads of the pool live until the end; memory that they can reach is not lost.
     leaks = "definite,indirect"
     checker = ["valgrind", "-q", "--error-exitcode=9", "--leak-check=full", f"--errors-for-leak-kinds={leaks}"]
-    for algorithms in variants(program):
-        write_plan(program, algorithms, tmp_path / "plan", monkeypatch)
-        files = [str(tmp_path / name) for name in ("plan", "images", "outputs")]
-        done = subprocess.run(
-            [*checker, str(runner), *files, str(n_threads)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{algorithms}: {done.stdout}{done.stderr}"
-        found = torch.from_numpy(np.fromfile(tmp_path / "outputs", dtype=np.float32)).view(3, N_CLASSES)
-        assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    check_every_algorithm(program, [*checker, str(runner)], n_threads, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.ci_sample
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_network_on_arm(
+    program: Program, runner_for_arm: list[str], n_threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NEON, which no continuous integration on x86 would see otherwise."""
+    check_every_algorithm(program, runner_for_arm, n_threads, tmp_path, monkeypatch)
