@@ -21,6 +21,7 @@ from decouplify.cifar import CifarResNet
 from decouplify.errors import VerificationError
 from decouplify.sparse import SparseModel, backend, count_executed_macs, native, tuning
 from decouplify.sparse.drafts import ReadGate, SetGate, TorchCall
+from decouplify.sparse.executor import Run
 from decouplify.sparse.native import Algorithm, StepKind
 from decouplify.sparse.translate import obstacle
 from decouplify.sparse.verification import relative_error
@@ -314,6 +315,37 @@ def test_controllers_that_open_everything_for_every_image_do_not_run() -> None:
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
+
+
+class ManySteps(nn.Module):
+    """A long chain that only torch can run, and one value that is wanted again at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = x = torch.relu(self.second(torch.relu(self.first(x))))
+        for _ in range(20):
+            x = x.sin()
+        return self.last(x + early)
+
+
+@needs_engine
+def test_values_that_nobody_reads_any_more_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decouplify.wrap(ManySteps().eval(), SIZE)
+    fast = decouplify.sparsify(model)
+    n_alive: list[int] = []
+    do = Run._do
+
+    def counting(self: Run, item: Any) -> None:
+        do(self, item)
+        n_alive.append(len(self.values))
+
+    monkeypatch.setattr(Run, "_do", counting)
+    decouplify.verify(model, fast, random_images(1))
+    assert len(n_alive) > 3 * 20
+    assert max(n_alive) <= 4  # image, early, and what sin reads and returns
 
 
 @needs_engine

@@ -6,7 +6,7 @@ import functools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,10 @@ class Stretch:
     stores: tuple[tuple[int, Node, Map], ...]
 
 
+#: What is done for an image, in order, each with the values of torch that nobody reads afterwards.
+Schedule = list[tuple["Stretch | Item", tuple[Node, ...]]]
+
+
 class Program:
     """A sparse form for one image size, ready to run. Any number of threads may run it at once.
 
@@ -62,15 +66,15 @@ class Program:
         leave_constants(self.steps)
         self._placement = place(self.draft)
         self._plan, self._kept = build_plan(self.draft, self._placement)
-        # Without fusing, somebody looks at what each step leaves.
-        self.stretches = list(_stretches(self.draft, lambda step: not fuse))
         nodes = list(module.graph.nodes)
         # What every run begins and ends with.
         self._image = next(n for n in nodes if n.op == "placeholder")
         self._constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr"}
         # For operators that torch runs; the engine knows that these gates are open.
         self._constants |= {n: torch.ones(_n_gates(module, n)) for n in self.draft.always_open}
-        self._result = next(n for n in reversed(nodes) if n.op == "output").args[0]
+        self._output = next(n for n in reversed(nodes) if n.op == "output")
+        # Without fusing, somebody looks at what each step leaves.
+        self.schedule = self._schedule(lambda step: not fuse)
         self._idle: list[native.Workspace] = []
         self._lock = threading.Lock()
         self.torch_seconds: dict[Node, float] = {}  # of the last image, by node that torch runs
@@ -90,18 +94,21 @@ class Program:
             UndefinedGateError: If a gate is neither open nor closed.
         """
         with self.workspace() as workspace:
-            return Run(self, workspace, image).result(self.stretches)
+            return Run(self, workspace, image).result(self.schedule)
 
     def run_forced(self, image: Tensor, forced: Mapping[str, Tensor]) -> Any:
         """As ``run``, with gates given by node name, 0 or 1 each, in place of the controllers' decisions."""
-        stretches = _stretches(self.draft, lambda step: step.kind is StepKind.CONTROL)
+        schedule = self._schedule(lambda step: step.kind is StepKind.CONTROL)
         with self.workspace() as workspace:
-            return Run(self, workspace, image, forced=forced).result(stretches)
+            return Run(self, workspace, image, forced=forced).result(schedule)
 
     def run_observed(self, image: Tensor, observer: Callable[[str, Tensor], None], forced: Mapping[str, Tensor]) -> Any:
         """As ``run``, calling ``observer(node name, value)``; ``forced`` replaces gates by node name, 0 or 1 each."""
         with self.workspace() as workspace:
-            return Run(self, workspace, image, observer, forced).result(self.stretches)
+            return Run(self, workspace, image, observer, forced).result(self.schedule)
+
+    def _schedule(self, is_alone: Callable[[Step], bool]) -> Schedule:
+        return _with_last_reads(list(_stretches(self.draft, is_alone)), set(self._output.all_input_nodes))
 
     def drop_transformed(self, step: int, algorithm: Algorithm) -> None:
         """Free Winograd weights that no program uses."""
@@ -136,7 +143,7 @@ class Program:
         cost = f" ({1e3 * sum(self.torch_seconds.values()):.2f} ms of the last image)" if self.torch_seconds else ""
         in_torch = Counter(name_of_call(self.module, i.node) for i in self.draft.items if isinstance(i, TorchCall))
         return [
-            f"engine: {len(self.steps)} steps in {sum(isinstance(s, Stretch) for s in self.stretches)} calls",
+            f"engine: {len(self.steps)} steps in {sum(isinstance(s, Stretch) for s, _ in self.schedule)} calls",
             "convolutions: " + (", ".join(f"{n} {named[a]}" for a, n in algorithms.most_common()) or "none"),
             f"controllers: {len(self.draft.gates)} run, {len(self.draft.always_open)} gates always open",
             "run by torch: " + (", ".join(f"{n} {name}" for name, n in in_torch.most_common()) or "nothing") + cost,
@@ -182,11 +189,13 @@ class Run:
         self.values: dict[Node, Any] = {**program._constants, program._image: image}
         self.n_threads = torch.get_num_threads()
 
-    def result(self, stretches: Iterable[Stretch | Item]) -> Any:
+    def result(self, schedule: Schedule) -> Any:
         """What the model returns."""
-        for item in stretches:
+        for item, finished in schedule:
             self._do(item)
-        return self._resolve(self.program._result)
+            for node in finished:
+                del self.values[node]
+        return self._resolve(self.program._output.args[0])
 
     def _resolve(self, value: Any) -> Any:
         """A structure of nodes as a structure of their values; ``map_arg`` would return immutable containers."""
@@ -296,6 +305,27 @@ def _stretches(draft: Draft, is_alone: Callable[[Step], bool]) -> Iterator[Stret
             begin = end
     if begin < end:
         yield _stretch(draft, begin, end)
+
+
+def _with_last_reads(items: list[Stretch | Item], kept: set[Node]) -> Schedule:
+    """Each item with the values that nobody reads after it, but for those to keep."""
+    seen, schedule = set(kept), []
+    for item in reversed(items):
+        finished = tuple(dict.fromkeys(node for node in _values_of(item) if node not in seen))
+        seen.update(finished)
+        schedule.append((item, finished))
+    return schedule[::-1]
+
+
+def _values_of(item: Stretch | Item) -> Iterator[Node]:
+    """The values of torch that an item reads or leaves."""
+    if isinstance(item, Stretch):
+        yield from (node for _, node in item.loads)
+        yield from (node for _, node, _ in item.stores)
+    elif not isinstance(item, Step):
+        yield item.node
+        if isinstance(item, TorchCall):
+            yield from item.node.all_input_nodes
 
 
 def _stretch(draft: Draft, begin: int, end: int) -> Stretch:

@@ -73,7 +73,7 @@ def _times(program: Program, image_size: tuple[int, ...], gates: Mapping[str, Te
     with program.workspace() as workspace:
         for _ in range(_N_ROUNDS):
             run = _TimedRun(program, workspace, image, gates)
-            run.result(program.stretches)
+            run.result(program.schedule)
             rounds.append(run.times)
     return [
         (min(times), int(macs[0])) for times, macs in (zip(*steps, strict=True) for steps in zip(*rounds, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,11 +125,12 @@ class _Comparison:
         gates = {name: z[0].cpu() for name, z in self.decoupling.gates().items()}
         self._compare_gates(gates, image.cpu())
         # With the masked form's gates on both sides, what remains is arithmetic.
+        ends = self.fast.lowered_for(tuple(image.shape[1:])).ends
+        nodes = {ends[end] for _, end in masked}
         found: dict[str, Tensor] = {}
-        result = self.fast.run_observed(image.cpu().clone(), found.__setitem__, forced=gates)
-        lowered = self.fast.lowered_for(tuple(image.shape[1:]))
+        result = self.fast.run_observed(image.cpu().clone(), _keep(found, nodes), forced=gates)
         for key, y in masked.items():
-            self.errors[key] = max(self.errors.get(key, 0.0), relative_error(found[lowered.ends[key[1]]], y))
+            self.errors[key] = max(self.errors.get(key, 0.0), relative_error(found[ends[key[1]]], y))
         self._compare_outputs(result, expected)
         # What forward runs joins operators, so that there is nothing to compare in between.
         self._compare_outputs(self.fast.run_forced(image.cpu().clone(), gates), expected)
@@ -140,9 +142,9 @@ class _Comparison:
 
     def _compare_gates(self, gates: dict[str, Tensor], image: Tensor) -> None:
         margins = {name: g[0].cpu() for name, g in self.decoupling.margins().items()}
-        found: dict[str, Tensor] = {}
-        self.fast.run_observed(image.clone(), found.__setitem__)
         nodes = self.fast.lowered_for(tuple(image.shape[1:])).gates
+        found: dict[str, Tensor] = {}
+        self.fast.run_observed(image.clone(), _keep(found, set(nodes.values())))
         earlier_differs = False
         for name, z in gates.items():
             wrong = found[nodes[name]] != z
@@ -160,6 +162,16 @@ class _Comparison:
         )
         n_gates = n_images * self.decoupling.plan.n_filters
         return VerificationReport(layers, self.output_error, n_images, n_gates, self.n_near)
+
+
+def _keep(found: dict[str, Tensor], nodes: Collection[str]) -> Callable[[str, Tensor], None]:
+    """An observer that keeps the values of some nodes; all of a large network at once would not fit into memory."""
+
+    def observe(node: str, value: Tensor) -> None:
+        if node in nodes:
+            found[node] = value
+
+    return observe
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
