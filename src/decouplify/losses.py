@@ -60,6 +60,12 @@ def fit_head(z: Tensor, head: nn.Linear, attribute: Tensor) -> Tensor:
     return loss - loss.detach()
 
 
+def _with_gradient_times(factor: float | Tensor, z: Tensor) -> Tensor:
+    """``z`` itself, of which a multiple of the gradient arrives."""
+    constant = z.detach()
+    return constant + factor * (z - constant)
+
+
 def _tell(z: Tensor, head: nn.Linear, frozen: bool = False) -> Tensor:
     """Logits of the attribute, in the precision of the gates also in a model of half precision."""
     tensors = {name: (p.detach() if frozen else p).to(z.dtype) for name, p in head.named_parameters()}
@@ -281,11 +287,9 @@ class DecouplingLoss:
         sums = {name: sum(values.values(), zero) for name, values in by_gate.items()}
         if macs is not None:
             sums["sparsity"] = self._deviation(macs)
-        total = self.mutual_information * sums["mutual_information"] + self.kl * sums["kl"]
-        total = self.information_scale * total + (self.sparsity if macs is None else self.steering) * sums["sparsity"]
-        if self.mutual_information > 0 and not self.literal:
-            assert labels is not None
-            total = total + sum(fit_head(z, self._head(name), labels) for name, z in gates.items())
+        total = self._weighted_information(sums["mutual_information"])
+        total = total + self.information_scale * self.kl * sums["kl"]
+        total = total + (self.sparsity if macs is None else self.steering) * sums["sparsity"]
         if self.check_finite and not bool(total.isfinite()):
             raise NonFiniteError(self._describe_non_finite(by_gate, gates))
         n_filters = sum(z.shape[1] for z in gates.values())
@@ -303,9 +307,19 @@ class DecouplingLoss:
         return {term: {name: v.detach() for name, v in values.items()} for term, values in by_gate.items()}
 
     def _mutual_information(self, gates: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+        """The term of each gate; unless literal, its gradient is that into the head and the weighted one into z."""
         if self.mutual_information == 0 or labels is None:
             return {}
-        return {name: mutual_information(z, self._head(name), labels, self.literal) for name, z in gates.items()}
+        if self.literal:
+            return {name: mutual_information(z, self._head(name), labels, literal=True) for name, z in gates.items()}
+        # As lambda_m mutual_information + fit_head, but for many classes the heads' products take a while: once, then.
+        weight = self.mutual_information * self.information_scale
+        told = {name: _tell(_with_gradient_times(weight, z), self._head(name)) for name, z in gates.items()}
+        return {name: F.cross_entropy(logits, labels) for name, logits in told.items()}
+
+    def _weighted_information(self, term: Tensor) -> Tensor:
+        weight = self.mutual_information * self.information_scale
+        return weight * term if self.literal else weight * term.detach() + (term - term.detach())
 
     def _kl(self, forward: Forward) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
