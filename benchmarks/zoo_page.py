@@ -66,7 +66,7 @@ def _head(rows: Sequence[Row], known: Iterable[str]) -> list[str]:
         "was done on 96 x 96 images where the network runs the same convolutions there, with two images of noise;",
         "networks that are built for one image size were built for a small one, where that has the same sites. Of",
         "heavy networks everything but the training step was compared, on one image, with controllers of a quarter of",
-        "the hidden units.",
+        "the hidden units (and, in the latest rows, heads for two classes).",
         "",
         f"- networks planned: {len(rows)}, not yet: {len(missing)}; with something to gate: {len(wrapped)}",
         f"- checked with numbers: {len(checked)}, {n_light} of them without the training step; plan only or pending: "

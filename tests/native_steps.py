@@ -27,6 +27,7 @@ ACTS = {
     Act(ActivationKind.SILU): F.silu,
     Act(ActivationKind.HARDSWISH): F.hardswish,
     Act(ActivationKind.GELU): F.gelu,
+    Act(ActivationKind.GELU_TANH): lambda x: F.gelu(x, approximate="tanh"),
     Act(ActivationKind.LEAKY, low=0.125): lambda x: F.leaky_relu(x, 0.125),
 }
 

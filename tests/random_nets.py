@@ -16,6 +16,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu6": nn.ReLU6,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "mish": nn.Mish,
     "hardswish": nn.Hardswish,
     "leaky": lambda: nn.LeakyReLU(0.1),
     "sigmoid": nn.Sigmoid,
@@ -277,6 +279,18 @@ class NormOfGated(nn.Module):
         return self.last(torch.cat([m[:, :, :smallest, :smallest] for m in (*maps, d)], 1))
 
 
+class ZerosOnOneSide(Plain):
+    """As TensorFlow pads: by an operator of its own, and more below and to the right."""
+
+    def __init__(self, c: int, k: int, spec: Spec) -> None:
+        super().__init__(c, k, spec)
+        n_zeros = 2 * self.conv.padding[0]
+        self.zeros, self.conv.padding = (n_zeros // 3, n_zeros - n_zeros // 3), (0, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, self.zeros * 2))
+
+
 BLOCKS: tuple[type[nn.Module], ...] = (
     Plain,
     Functional,
@@ -293,6 +307,7 @@ BLOCKS: tuple[type[nn.Module], ...] = (
     StandardisedBlock,
     MixedBranches,
     NormOfGated,
+    ZerosOnOneSide,
 )
 HEADS = ("linear", "conv", "two", "flatten")
 

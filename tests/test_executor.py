@@ -9,6 +9,8 @@ import math
 import pickle
 import re
 import threading
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from decouplify.cifar import CifarResNet
 from decouplify.errors import VerificationError
 from decouplify.sparse import SparseModel, backend, count_executed_macs, native, tuning
 from decouplify.sparse.drafts import ReadGate, SetGate, TorchCall
-from decouplify.sparse.executor import Run
+from decouplify.sparse.executor import Run, Stretch
 from decouplify.sparse.native import Algorithm, StepKind
 from decouplify.sparse.translate import obstacle
 from decouplify.sparse.verification import relative_error
@@ -291,6 +293,25 @@ def test_measured_choices_are_kept_and_used_again(own_cache: Path, monkeypatch: 
 
 
 @needs_engine
+def test_measuring_for_another_image_size_takes_no_weights_away() -> None:
+    """Winograd's weights are shared; each program measures for itself, and lets go of those that were slower."""
+    _, fast = sparse("Plain")
+    images = random_images(1)
+    program = fast.program_for(SIZE)
+    assert program is not None
+    chosen = {i: Algorithm.WINOGRAD_4 for i, s in enumerate(program.steps) if Algorithm.WINOGRAD_4 in s.algorithms}
+    assert chosen
+    for step, algorithm in chosen.items():
+        program.set_algorithm(step, algorithm)
+    wanted = fast(images)
+    shared = [weakref.ref(program.weights_for(step, algorithm)) for step, algorithm in chosen.items()]
+    fast(random_images(1, (3, 48, 48)))
+    gc.collect()
+    assert all(weights() is not None for weights in shared)
+    assert torch.equal(fast(images), wanted)
+
+
+@needs_engine
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', "{"])
 def test_a_broken_cache_is_measured_anew(own_cache: Path, content: str) -> None:
     (own_cache / "algorithms.json").write_text(content)
@@ -421,6 +442,32 @@ def test_zeros_for_one_convolution_are_not_copied(twice: bool) -> None:
     assert decouplify.verify(model, fast, random_images(3)).max_error <= 1e-5
     images = random_images(3)
     assert torch.allclose(run(fast, images)[0], run(model, images)[0], rtol=1e-4, atol=1e-5)
+
+
+@needs_engine
+def test_zeros_for_a_convolution_that_torch_runs_are_there() -> None:
+    """The engine has no Mish; told to leave the zeros to the convolution, it would hand over a map without them."""
+    net = Padded(twice=False)
+    net.depthwise[2], net.project = nn.Mish(), nn.Sequential(nn.ZeroPad2d((1, 0, 1, 0)), nn.Conv2d(24, 6, 3), nn.Mish())
+    model = randomise_gates(decouplify.wrap(randomise_statistics(net), SIZE, reduction=1)).eval()
+    fast = decouplify.sparsify(model)
+    assert re.search(r"run by torch: .*2 SparseConv2d", repr(fast))
+    assert decouplify.verify(model, fast, random_images(3)).max_error <= 1e-5
+
+
+@needs_engine
+def test_the_engine_is_not_given_less_than_it_reads() -> None:
+    _, fast = sparse("OtherNorms")
+    program = fast.program_for(SIZE)
+    assert program is not None
+    schedule = [
+        (replace(item, loads=tuple((slot, node, 2 * n) for slot, node, n in item.loads)), finished)
+        if isinstance(item, Stretch)
+        else (item, finished)
+        for item, finished in program.schedule
+    ]
+    with program.workspace() as workspace, pytest.raises(RuntimeError, match=r"values, \d+ were recorded"):
+        Run(program, workspace, random_images(1)).result(schedule)
 
 
 def test_a_mean_over_the_positions_of_channels_last_is_not_taken_for_one_over_the_last_two() -> None:

@@ -119,7 +119,7 @@ def test_undefined_and_infinite_pixels_reach_every_output_they_reach_in_torch(va
 
 
 def test_activations_pass_undefined_values_on() -> None:
-    for act in (Act(low=0.0), Act(low=0.0, high=6.0), Act(ActivationKind.SILU), Act(ActivationKind.GELU)):
+    for act in (Act(low=0.0), Act(low=0.0, high=6.0), *map(Act, set(ActivationKind) - {ActivationKind.CLAMP})):
         case = Case((4, 4), Sliding(), [True], [True], act=act)
         case.x.fill_(torch.nan)
         assert found(case)[0].isnan().all()

@@ -97,7 +97,9 @@ def wrap(
         only: Names or globs of the convolutions to gate (default: all).
         exclude: Names or globs of convolutions to leave alone.
         n_classes: Values of the attribute that gates shall tell (mutual-information loss); by default the classes the
-            model outputs. A model that outputs no (N, classes) tensor gets no heads unless this is given.
+            model outputs. A model that outputs no (N, classes) tensor gets no heads unless this is given. A gate's head
+            has a weight for each filter and class: with 21,841 classes all heads together can be ten times the model,
+            and a coarser attribute serves as well.
         frozen_ok: Accept a model of which no parameter is trained; then only its gates will learn.
         verify: Run the model on random images: with gates open the output must be the same bits, and with random gates
             every channel predicted to be zero must be zero, or the constant that was predicted. Networks of many

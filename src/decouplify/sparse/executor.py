@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from decouplify.sparse.native import Algorithm, StepKind
 from decouplify.sparse.ops import count
 from decouplify.sparse.translate import translate
 
-__all__ = ["Program", "Run", "Stretch", "UndefinedGateError", "build_plan"]
+__all__ = ["Program", "Run", "Stretch", "Transformed", "UndefinedGateError", "build_plan"]
 
 
 class UndefinedGateError(ArithmeticError):
@@ -41,12 +42,14 @@ class Stretch:
 
     begin: int
     end: int
-    loads: tuple[tuple[int, Node], ...]
+    loads: tuple[tuple[int, Node, int], ...]  # and how many numbers each has
     stores: tuple[tuple[int, Node, Map], ...]
 
 
 #: What is done for an image, in order, each with the values of torch that nobody reads afterwards.
 Schedule = list[tuple["Stretch | Item", tuple[Node, ...]]]
+#: Tensors that vanish when no program uses them any more.
+Transformed = WeakValueDictionary[tuple[str, Algorithm], Tensor]
 
 
 class Program:
@@ -55,12 +58,13 @@ class Program:
     Args:
         module: The lowered graph; torch runs its modules where the engine has no step.
         fuse: See ``translate``.
-        transformed: Winograd weights by convolution and algorithm, shared with other programs of the same weights.
+        transformed: Winograd weights by convolution and algorithm, as long as a program of the same weights uses them.
     """
 
-    def __init__(self, module: GraphModule, fuse: bool = True, transformed: dict[Any, Tensor] | None = None) -> None:
+    def __init__(self, module: GraphModule, fuse: bool = True, transformed: Transformed | None = None) -> None:
         self.module = module
-        self._transformed = {} if transformed is None else transformed
+        self._transformed = Transformed() if transformed is None else transformed
+        self._used: dict[int, Tensor | None] = {}  # by step; the engine has only their addresses
         self.draft = translate(module, fuse)
         self.steps = self.draft.steps
         leave_constants(self.steps)
@@ -109,12 +113,6 @@ class Program:
 
     def _schedule(self, is_alone: Callable[[Step], bool]) -> Schedule:
         return _with_last_reads(list(_stretches(self.draft, is_alone)), set(self._output.all_input_nodes))
-
-    def drop_transformed(self, step: int, algorithm: Algorithm) -> None:
-        """Free Winograd weights that no program uses."""
-        if self.steps[step].algorithm is algorithm:
-            self.set_algorithm(step, Algorithm.DIRECT)
-        self._transformed.pop((self.steps[step].name, algorithm), None)
 
     @contextmanager
     def prepared_for_timing(self, step: int) -> Iterator[functools.partial[native.Status]]:
@@ -165,12 +163,22 @@ class Program:
     def set_algorithm(self, step: int, algorithm: Algorithm) -> None:
         """Choose how a convolution is computed, one of its ``algorithms``; not while anything runs."""
         chosen = self.steps[step]
-        key = (chosen.name, algorithm)
-        if algorithm.is_winograd and key not in self._transformed:
-            padding = chosen.sliding.padding[0]
-            self._transformed[key] = native.transform_weights(chosen.weights["weight"], algorithm, padding)
-        self._plan.set_algorithm(step, algorithm, self._transformed.get(key))
+        weights = self.weights_for(step, algorithm)
+        self._plan.set_algorithm(step, algorithm, weights)
+        self._used[step] = weights
         chosen.algorithm = algorithm
+
+    def weights_for(self, step: int, algorithm: Algorithm) -> Tensor | None:
+        """The weights of a convolution as an algorithm reads them, None if that reads them as they are."""
+        if not algorithm.is_winograd:
+            return None
+        chosen = self.steps[step]
+        key = (chosen.name, algorithm)
+        found = self._transformed.get(key)
+        if found is None:
+            found = native.transform_weights(chosen.weights["weight"], algorithm, chosen.sliding.padding[0])
+            self._transformed[key] = found
+        return found
 
 
 class Run:
@@ -253,9 +261,13 @@ class Run:
     def slots(self, stretch: Stretch) -> Any:
         """The addresses of what the engine reads and of new tensors that it fills."""
         addresses = [0] * self.draft.n_slots
-        for slot, node in stretch.loads:
-            self.values[node] = self.values[node].contiguous()
-            addresses[slot] = self.values[node].data_ptr()
+        for slot, node, size in stretch.loads:
+            value = self.values[node] = self.values[node].contiguous()
+            if value.numel() != size:  # the engine would read what lies behind it
+                raise RuntimeError(
+                    f"'{node}' has {value.numel()} values, {size} were recorded; please report this model"
+                )
+            addresses[slot] = value.data_ptr()
         for slot, node, stored in stretch.stores:
             value = torch.empty((1, stored.channels, *stored.size) if stored.size else stored.shape)
             addresses[slot] = value.data_ptr()
@@ -320,7 +332,7 @@ def _with_last_reads(items: list[Stretch | Item], kept: set[Node]) -> Schedule:
 def _values_of(item: Stretch | Item) -> Iterator[Node]:
     """The values of torch that an item reads or leaves."""
     if isinstance(item, Stretch):
-        yield from (node for _, node in item.loads)
+        yield from (node for _, node, _ in item.loads)
         yield from (node for _, node, _ in item.stores)
     elif not isinstance(item, Step):
         yield item.node
@@ -330,7 +342,8 @@ def _values_of(item: Stretch | Item) -> Iterator[Node]:
 
 def _stretch(draft: Draft, begin: int, end: int) -> Stretch:
     steps = draft.steps[begin:end]
-    loads = tuple((s.slot, draft.loads[s.slot]) for s in steps if s.kind is StepKind.LOAD)
+    loaded = ((s.slot, draft.loads[s.slot]) for s in steps if s.kind is StepKind.LOAD)
+    loads = tuple((slot, node, node.meta["val"].numel()) for slot, node in loaded)
     stores = tuple((s.slot, *draft.stores[s.slot]) for s in steps if s.kind is StepKind.STORE)
     return Stretch(begin, end, loads, stores)
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from decouplify.decoupling import Decoupling, decoupling_of
 from decouplify.paths import PathSet
 from decouplify.sparse import native
-from decouplify.sparse.executor import Program, UndefinedGateError
+from decouplify.sparse.executor import Program, Transformed, UndefinedGateError
 from decouplify.sparse.lower import Lowered, lower
 from decouplify.sparse.ops import SparseConv2d, SparseLinear, count
 from decouplify.sparse.profit import GateProfit, measure_profits
@@ -124,7 +124,7 @@ class SparseModel(nn.Module):
         self._lowered: dict[tuple[int, ...], Lowered] = {}
         self._assumptions: dict[tuple[int, ...], Assumptions] = {}
         self._programs: dict[tuple[tuple[int, ...], bool], Program | None] = {}
-        self._transformed: dict[Any, Tensor] = {}
+        self._transformed = Transformed()
         self._lock = threading.RLock()
         self.graphs = nn.ModuleList()
 

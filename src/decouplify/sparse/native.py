@@ -37,7 +37,7 @@ __all__ = [
     "transform_weights",
 ]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 #: Set to "reference" to run without the compiled engine, for instance to compare the two.
 BACKEND_VARIABLE = "DECOUPLIFY_BACKEND"
 #: Another file to load instead of the installed one, for instance one built with sanitizers.
@@ -80,6 +80,7 @@ class ActivationKind(IntEnum):
     GELU = 3
     SIGMOID = 4
     LEAKY = 5
+    GELU_TANH = 6
 
 
 class Algorithm(IntEnum):

@@ -477,11 +477,17 @@ class _Translation:
         if x is None or not x.is_planar or not _pads_zeros(node) or min(pad) < 0 or any(pad[6:]):
             return None
         reader = _only_user(node)
-        if self.fuse and not any(pad[4:]) and reader is not None and self._operator(reader) is SparseConv2d:
+        if self.fuse and not any(pad[4:]) and self._is_convolution_here(reader):
             # Zeros are what a convolution finds outside its input anyway; its output's size tells how far it goes.
             self.pads[node] = (pad[2], pad[0])
             return x
         return self._copy(node, x, Sliding(padding=(pad[2], pad[0])), position=pad[4])
+
+    def _is_convolution_here(self, node: Node | None) -> bool:
+        """Whether ``convolution`` will have a step for a node that reads a map of planes."""
+        if node is None or self._operator(node) is not SparseConv2d:
+            return False
+        return act_of(self.modules[str(node.target)].activation) is not None
 
     def _with_pad(self, sliding: Sliding, source: Any) -> Sliding:
         """The window of a convolution whose input was to be padded first."""
@@ -570,8 +576,8 @@ def _act(name: str, arguments: dict[str, Any]) -> Act | None:
         return Act(low=-math.inf if low is None else float(low), high=math.inf if high is None else float(high))
     if name == "leaky_relu":
         return Act(ActivationKind.LEAKY, low=float(arguments["negative_slope"]))
-    if name == "gelu" and arguments.get("approximate") != "none":
-        return None
+    if name == "gelu":
+        name += "_" + str(arguments.get("approximate"))
     return _PLAIN.get(name)
 
 
@@ -580,7 +586,8 @@ _PLAIN = {
     "relu6": Act(low=0.0, high=6.0),
     "silu": Act(ActivationKind.SILU),
     "hardswish": Act(ActivationKind.HARDSWISH),
-    "gelu": Act(ActivationKind.GELU),
+    "gelu_none": Act(ActivationKind.GELU),
+    "gelu_tanh": Act(ActivationKind.GELU_TANH),
     "sigmoid": Act(ActivationKind.SIGMOID),
 }
 

@@ -79,13 +79,13 @@ def _cpu() -> str:
 def _fastest(program: Program, i: int, ways: tuple[Algorithm, ...]) -> Algorithm:
     """The fastest of some ways for one step, by the minimum over a few rounds in which the ways take turns."""
     best = dict.fromkeys(ways, float("inf"))
+    kept = [program.weights_for(i, algorithm) for algorithm in ways]  # else each round would make them again
     with program.prepared_for_timing(i) as run:
         for _ in range(_N_ROUNDS):
             for algorithm in ways:
                 program.set_algorithm(i, algorithm)
                 best[algorithm] = min(best[algorithm], _time(run))
-    for algorithm in ways:
-        program.drop_transformed(i, algorithm)
+    del kept
     return min(best, key=lambda algorithm: best[algorithm])
 
 

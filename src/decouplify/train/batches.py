@@ -22,8 +22,13 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Batches per epoch."""
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch: images (N, C, H, W), normalised, and labels (N,) or None, on the model's device."""
+    def epoch(self, epoch: int, *, augmented: bool = True) -> Iterator[Batch]:
+        """The batches of one epoch: images (N, C, H, W), normalised, and labels (N,) or None, on the model's device.
+
+        Args:
+            epoch: Decides the order.
+            augmented: False for images as evaluation meets them. What a loader changes in its images stays changed.
+        """
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,14 @@ class TensorBatches:
     def __len__(self) -> int:
         return max(1, self._n_own // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, augmented: bool = True) -> Iterator[Batch]:
+        augment = self.augment if augmented else None
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
         own = order[_process() :: _n_processes()][: self._n_own].to(self.images.device)
         n_used = len(self) * self.batch_size if self.whole else len(own)
         for chosen in own[:n_used].tensor_split(len(self)):
             x = self.images[chosen]
-            yield x if self.augment is None else self.augment(x), None if self.labels is None else self.labels[chosen]
+            yield x if augment is None else augment(x), None if self.labels is None else self.labels[chosen]
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class LoaderBatches:
                 "with __len__ that says how many batches an epoch has"
             ) from error
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, augmented: bool = True) -> Iterator[Batch]:
         set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)

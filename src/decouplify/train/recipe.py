@@ -118,6 +118,8 @@ class DecouplingRecipe(Recipe):
         trained: Which parameters learn: all, gates and the affine parameters of norms, or gates alone.
         norm_batches: Batches from which the norms' statistics are estimated again at the end, with binary gates.
         calibrate: Shift all thresholds at the end, so that the executed MACs of training images meet a MAC target.
+            This, and the steering on the way, looks at images without augmentation; those of a loader are taken as they
+            come, so call ``calibrate`` yourself with others if it augments them.
     """
 
     lr: float = 0.02

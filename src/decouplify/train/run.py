@@ -329,14 +329,16 @@ class _Run:
         if self.schedule is None or self.criterion is None or self.criterion.target_macs is None:
             return
         epoch = int(numbers["epoch"])
-        images = [x for x, _ in islice(self.batches.epoch(epoch), _N_MEASURED)]
+        images = [x for x, _ in islice(self.batches.epoch(epoch, augmented=False), _N_MEASURED)]
         numbers["measured"] = executed_share(self.model, images, across_processes=dist.is_initialized())
         self.schedule.correct(epoch / self.recipe.epochs, numbers["measured"])
 
     def _finish(self, history: History) -> None:
         """Norms and thresholds for evaluation; also where the schedule stopped early."""
         if isinstance(self.recipe, DecouplingRecipe) and self.recipe.epochs > 0:
-            images = list(islice(self.batches.epoch(self.recipe.epochs), self.recipe.norm_batches))
+            # Shifted images have dark edges, which open gates: the target would be missed by a few per cent.
+            batches = self.batches.epoch(self.recipe.epochs, augmented=False)
+            images = list(islice(batches, self.recipe.norm_batches))
             together = dist.is_initialized()
             frozen = self.recipe.frozen_norms
             reestimate_norms(self.model, images, controllers_only=frozen, across_processes=together)

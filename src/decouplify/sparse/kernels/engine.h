@@ -13,7 +13,7 @@
 
 extern "C" {
 
-enum { kAbiVersion = 3 };
+enum { kAbiVersion = 4 };
 
 enum Status : int32_t { kDone = 0, kUndefinedGate = 1, kOutOfMemory = 2 };
 

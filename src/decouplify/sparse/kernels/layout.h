@@ -21,7 +21,7 @@ struct Geometry {
 // Positions from the first pixel to the last one, border columns in between included.
 inline int64_t flat_size(const Geometry& g) { return int64_t{g.height} * g.row; }
 
-enum class ActivationKind : int32_t { kClamp, kSilu, kHardswish, kGelu, kSigmoid, kLeaky };
+enum class ActivationKind : int32_t { kClamp, kSilu, kHardswish, kGelu, kSigmoid, kLeaky, kGeluTanh };
 
 // clamp(x, low, high), which is ReLU, ReLU6 and the identity; or a named function. kLeaky has its slope in `low`.
 struct Activation {

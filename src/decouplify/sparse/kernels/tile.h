@@ -32,6 +32,8 @@ __attribute__((noinline)) static Vec activate_other(Vec x, const Activation& act
     case ActivationKind::kSilu: return x * sigmoid(x);
     case ActivationKind::kHardswish: return x * at_most(at_least(x + 3.0f, Vec{}), splat(6.0f)) * (1.0f / 6.0f);
     case ActivationKind::kGelu: return x * 0.5f * (erf_of(x * 0.70710678f) + 1.0f);
+    // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), where (1 + tanh(u)) / 2 is the sigmoid of 2 u.
+    case ActivationKind::kGeluTanh: return x * sigmoid((x + x * x * x * 0.044715f) * 1.59576912f);
     case ActivationKind::kSigmoid: return sigmoid(x);
     case ActivationKind::kLeaky: return x < Vec{} ? x * activation.low : x;
     case ActivationKind::kClamp: break;
