@@ -336,15 +336,14 @@ class _Run:
     def _finish(self, history: History) -> None:
         """Norms and thresholds for evaluation; also where the schedule stopped early."""
         if isinstance(self.recipe, DecouplingRecipe) and self.recipe.epochs > 0:
-            # Shifted images have dark edges, which open gates: the target would be missed by a few per cent.
-            batches = self.batches.epoch(self.recipe.epochs, augmented=False)
-            images = list(islice(batches, self.recipe.norm_batches))
-            together = dist.is_initialized()
-            frozen = self.recipe.frozen_norms
+            together, frozen = dist.is_initialized(), self.recipe.frozen_norms
+            images = islice(self.batches.epoch(self.recipe.epochs), self.recipe.norm_batches)
             reestimate_norms(self.model, images, controllers_only=frozen, across_processes=together)
             assert self.criterion is not None
-            if self.recipe.calibrate and self.criterion.target_macs is not None and images:
-                chosen = [x for x, _ in images[: 2 * _N_MEASURED]]
+            if self.recipe.calibrate and self.criterion.target_macs is not None and self.recipe.norm_batches > 0:
+                # Shifted images have dark edges, which open gates: the target would be missed by a few per cent.
+                batches = self.batches.epoch(self.recipe.epochs, augmented=False)
+                chosen = [x for x, _ in islice(batches, min(self.recipe.norm_batches, 2 * _N_MEASURED))]
                 target = self.criterion.target_macs
                 history.shift = calibrate(self.model, chosen, target, across_processes=together)
         history.finished = True
