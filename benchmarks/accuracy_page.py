@@ -79,7 +79,7 @@ ABLATION_NOTES = (
     "",
     "As in the paper, the sparse term alone brings the MACs down, the KL term leaves fewer filters dynamic, and the MI",
     "term makes paths tell the class: kNN rises, and another image's path costs more. In so few steps the input norm",
-    "decides more than any loss about how many filters are dynamic. One seed; the standard error of a top-1 is 0.6 points.",
+    "decides more than any loss how many filters are dynamic. One seed; the standard error of a top-1 is 0.6 points.",
     "",
     "The paper (ResNet-56, silent / dynamic / energetic): controllers only 13 / 0 / 86 %, with the sparse term",
     "60 / 0 / 40 %, sparse + KL 15 / 0 / 85 %, sparse + MI 33 / 29 / 38 %, all 35 / 30 / 34 %.",
