@@ -313,12 +313,17 @@ class DecouplingLoss:
         if self.literal:
             return {name: mutual_information(z, self._head(name), labels, literal=True) for name, z in gates.items()}
         # As lambda_m mutual_information + fit_head, but for many classes the heads' products take a while: once, then.
-        weight = self.mutual_information * self.information_scale
+        weight = self._weight_of_information
         told = {name: _tell(_with_gradient_times(weight, z), self._head(name)) for name, z in gates.items()}
         return {name: F.cross_entropy(logits, labels) for name, logits in told.items()}
 
+    @property
+    def _weight_of_information(self) -> float | Tensor:
+        return self.mutual_information * self.information_scale
+
     def _weighted_information(self, term: Tensor) -> Tensor:
-        weight = self.mutual_information * self.information_scale
+        """The weighted value, with the gradients that ``_mutual_information`` prepared."""
+        weight = self._weight_of_information
         return weight * term if self.literal else weight * term.detach() + (term - term.detach())
 
     def _kl(self, forward: Forward) -> dict[str, Tensor]:
