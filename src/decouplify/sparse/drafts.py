@@ -143,6 +143,7 @@ class Step:
     clears: bool = False
     counts_padding: bool = False
     leaves_constants: bool = False
+    joined: int = 0
     reads_part: bool = False
     epsilon: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from decouplify import aten
 from decouplify.sparse import native
 from decouplify.sparse.absent import leave_constants
+from decouplify.sparse.bands import join_bands
 from decouplify.sparse.drafts import Act, Draft, Item, Map, ReadGate, SetGate, Step, TorchCall
 from decouplify.sparse.memory import Placement, place
 from decouplify.sparse.native import Algorithm, StepKind
@@ -68,6 +69,8 @@ class Program:
         self.draft = translate(module, fuse)
         self.steps = self.draft.steps
         leave_constants(self.steps)
+        if fuse:
+            join_bands(self.draft)
         self._placement = place(self.draft)
         self._plan, self._kept = build_plan(self.draft, self._placement)
         nodes = list(module.graph.nodes)
@@ -364,7 +367,7 @@ def _native_step(i: int, step: Step, placement: Placement, kept: dict[str, Tenso
         kind=step.kind, input=index(step.input), other=index(step.other), output=index(step.output), gate=step.gate,
         slot=step.slot, position=step.position, algorithm=native.Algorithm.DIRECT, window=step.window,
         groups=step.groups, activated=_activated(step), clears=step.clears, counts_padding=step.counts_padding,
-        leaves_constants=step.leaves_constants,
+        leaves_constants=step.leaves_constants, joined=step.joined,
         kernel=step.sliding.kernel, stride=step.sliding.stride, padding=step.sliding.padding,
         dilation=step.sliding.dilation, activation=_native_act(step.act), epsilon=step.epsilon,
     )  # fmt: skip

@@ -104,17 +104,20 @@ def _place_of_whole(copy: Step) -> tuple[Map, int]:
 def _join_sums(steps: list[Step]) -> None:
     """Let a sum replace the operand that nobody reads afterwards."""
     last_use: dict[Map, int] = {}
+    read_in_bands: dict[Step, Map] = {}  # by the last one of joined steps, what the first one reads
     for i, step in enumerate(steps):
         last_use.update({m.storage()[0]: i for m in _maps_of(step)})
+        if step.joined and step.input is not None:
+            read_in_bands[steps[i + step.joined]] = step.input
     for i, step in enumerate(steps):
         operand = step.other if step.kind is StepKind.CONVOLUTION else step.input
         if step.kind not in (StepKind.CONVOLUTION, StepKind.ADD) or operand is None or step.output is None:
             continue
         owner = operand.storage()[0]
         free = last_use[owner] == i and owner.channels == operand.channels == step.output.channels
-        reads_it_elsewhere = (
-            step.kind is StepKind.CONVOLUTION and step.input is not None and (step.input.storage()[0] is owner)
-        )
+        is_convolution = step.kind is StepKind.CONVOLUTION
+        read = (step.input if is_convolution else None, read_in_bands.get(step))
+        reads_it_elsewhere = any(m is not None and m.storage()[0] is owner for m in read)
         if free and not reads_it_elsewhere and step.output.base is None and owner.base is None:
             last_use[owner] = last_use.pop(step.output, i)
             step.output.base, step.output.offset = owner, 0
@@ -161,7 +164,10 @@ def _pack(steps: list[Step]) -> tuple[dict[Map, int], dict[tuple[int, int] | Non
     lifetimes: dict[Map, list[int]] = {}
     for i, step in enumerate(steps):
         for m in _maps_of(step):
-            lifetimes.setdefault(m.storage()[0], [i, i])[1] = i
+            # What joined steps read is wanted until the last of them has written its last band.
+            end = i + step.joined
+            lifetime = lifetimes.setdefault(m.storage()[0], [i, end])
+            lifetime[1] = max(lifetime[1], end)
     placed: dict[tuple[int, int] | None, list[tuple[int, int, list[int]]]] = defaultdict(list)
     first: dict[Map, int] = {}
     for m, lifetime in lifetimes.items():

@@ -37,7 +37,7 @@ __all__ = [
     "transform_weights",
 ]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 #: Set to "reference" to run without the compiled engine, for instance to compare the two.
 BACKEND_VARIABLE = "DECOUPLIFY_BACKEND"
 #: Another file to load instead of the installed one, for instance one built with sanitizers.
@@ -137,7 +137,7 @@ class Step(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("kind", "input", "other", "output", "gate", "slot", "position")),
         *((name, c_int32) for name in ("algorithm", "window", "groups", "hidden")),
-        *((name, c_int32) for name in ("activated", "clears", "counts_padding", "leaves_constants")),
+        *((name, c_int32) for name in ("activated", "clears", "counts_padding", "leaves_constants", "joined")),
         *((name, _Pair) for name in ("kernel", "stride", "padding", "dilation")),
         ("activation", Activation),
         ("epsilon", c_float),

@@ -62,6 +62,15 @@ struct WindowCall {
   int32_t n_threads;
 };
 
+// A convolution, the depthwise one that alone reads it, and a 1x1 convolution that alone reads that.
+struct Separable {
+  const Convolution& expand;
+  const Window& window;
+  const Convolution& project;
+  ConvolutionCall inner;  // of `expand`; the same filters are open in `window`
+  ConvolutionCall outer;  // of `project`
+};
+
 // Layer norm over channels, of maps of one geometry.
 struct Norm {
   int32_t n_channels;
@@ -77,6 +86,8 @@ struct Kernels {
   void (*slide)(const Window&, const WindowCall&, Scratch&);
   // A 1x1 convolution and the depthwise one that alone reads it, with the same filters open in both.
   void (*expand_and_slide)(const Convolution& expand, const Window&, const ConvolutionCall&, Scratch&);
+  // All three a band of rows at a time, if that is possible; otherwise nothing is done.
+  bool (*separate)(const Separable&, Scratch&);
   // Weights (filters, channels, kernel, kernel) for an algorithm: (filters, points, channels), for kWinogradStrided
   // (filters, points, channels, 4). Does nothing for algorithms that need none.
   void (*transform)(Algorithm, const float* weight, int n_filters, int n_channels, int kernel, int padding, float* to);

@@ -55,12 +55,13 @@ struct DirectJob {
   const PixelSums& sums;
   TileInput input;
   int first, n;
+  int v_first, v_end;  // the vectors of the output to compute
 
   int64_t weights_per_filter() const {
     return int64_t{conv.n_channels} / conv.groups * conv.kernel[0] * conv.kernel[1];
   }
-  int n_vectors() const { return divide_up((conv.out.height - 1) * conv.out.row + conv.out.width, kLanes); }
-  int n_tiles() const { return divide_up(n_vectors(), kTileVectors); }
+  int n_tiles() const { return divide_up(v_end - v_first, kTileVectors); }
+  int tile_start(int tile) const { return v_first + part(v_end - v_first, n_tiles(), tile); }
   int n_filter_groups() const { return divide_up(n, kTileFilters); }
 
   // Weights that do not stay in the cache are better read once than once per tile of pixels.
@@ -69,8 +70,9 @@ struct DirectJob {
     return n_input * sizeof(float) < (600 << 10) && n_weights * sizeof(float) > (256 << 10);
   }
 
-  void run(int tile, int group, int thread) const {
-    const int v0 = part(n_vectors(), n_tiles(), tile), v1 = part(n_vectors(), n_tiles(), tile + 1);
+  // fetches: whether weights are met for the first time
+  void run(int tile, int group, bool fetches, int thread) const {
+    const int v0 = tile_start(tile), v1 = tile_start(tile + 1);
     const int n0 = part(n, n_filter_groups(), group), n1 = part(n, n_filter_groups(), group + 1);
     TileOutput to[kTileFilters];
     for (int i = n0; i < n1; ++i) {
@@ -85,10 +87,10 @@ struct DirectJob {
     }
     TileInput in = input;
     in.x += v0 * kLanes;
-    const int index = tile * n_filter_groups() + group, n_parts = n_tiles() * n_filter_groups();
-    in.ahead = stream_of(call.ahead, index, n_parts, in.n_channels);
-    if (in.n_taps > 1) fetch_part(call.ahead, index, n_parts);
-    tile_for(in.n_taps, n1 - n0, v1 - v0)(in, to, conv.out.mask + v0 * kLanes, conv.activation);
+    in.fetches = fetches;
+    if (fetches) in.ahead = stream_of(call.ahead, group, n_filter_groups(), in.n_channels);
+    if (in.n_taps > 1) fetch_part(call.ahead, tile * n_filter_groups() + group, n_tiles() * n_filter_groups());
+    tile_for(in, n1 - n0, v1 - v0)(in, to, conv.out.mask + v0 * kLanes, conv.activation);
   }
 
   void run_all() const {
@@ -98,18 +100,20 @@ struct DirectJob {
     const int n_outer = filters_outside ? n_groups : n_tiles(), n_inner = filters_outside ? n_tiles() : n_groups;
     parallel(call.n_threads, n_outer, [&](int begin, int end, int thread) {
       for (int i = begin; i < end; ++i) {
-        for (int j = 0; j < n_inner; ++j) filters_outside ? run(j, i, thread) : run(i, j, thread);
+        for (int j = 0; j < n_inner; ++j) {
+          filters_outside ? run(j, i, j == 0, thread) : run(i, j, i == begin, thread);
+        }
       }
     });
   }
 };
 
 // Where each channel of the call is found: in its own plane, or gathered.
-static const float* place_channels(const Convolution& conv, const ConvolutionCall& call, Taps& taps, int64_t* offsets,
+static const float* place_channels(const Convolution& conv, const ConvolutionCall& call, Taps& taps, Place* places,
                                    Scratch& scratch) {
   if (reads_in_place(conv)) {
     place_in_plane(taps, conv.in);
-    for (int i = 0; i < call.n_channels; ++i) offsets[i] = call.channels[i] * conv.in.plane;
+    for (int i = 0; i < call.n_channels; ++i) places[i].offset = call.channels[i] * conv.in.plane;
     return call.in + conv.in.origin;
   }
   place_in_phases(taps, conv.out);
@@ -120,7 +124,7 @@ static const float* place_channels(const Convolution& conv, const ConvolutionCal
       gather_channel(plane, taps, conv.in, conv.out, gathered + i * taps.channel(), 0.0f);
     }
   });
-  for (int i = 0; i < call.n_channels; ++i) offsets[i] = i * taps.channel();
+  for (int i = 0; i < call.n_channels; ++i) places[i].offset = i * taps.channel();
   return gathered;
 }
 
@@ -130,20 +134,34 @@ DECOUPLIFY_INLINE int position_of(const int32_t* list, int n, int from, int boun
   return from;
 }
 
+static Place* reserve_places(Buffer& buffer, int n) {
+  return reinterpret_cast<Place*>(buffer.reserve(size_t(n) * (sizeof(Place) / sizeof(float))));
+}
+
+// What every tile of a convolution reads; `taps` holds the offsets of the taps.
+static TileInput tile_input(const Convolution& conv, const ConvolutionCall& call, Taps& taps, Scratch& scratch) {
+  Place* places = reserve_places(scratch.lists, call.n_channels);
+  const float* x = place_channels(conv, call, taps, places, scratch);
+  const int channels_per_group = conv.n_channels / conv.groups;
+  for (int i = 0; i < call.n_channels; ++i) places[i].column = call.channels[i] % channels_per_group * taps.n;
+  return {x, places, call.n_channels, taps.offset, taps.n, false, nothing_ahead(x)};
+}
+
+static int n_vectors(const Geometry& g) { return divide_up((g.height - 1) * g.row + g.width, kLanes); }
+
 static void convolve_direct(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
   Taps taps = taps_of(conv);
-  // Eight bytes of offset and four of column per channel.
-  auto* offsets = reinterpret_cast<int64_t*>(scratch.lists.reserve(size_t(call.n_channels) * 3));
-  auto* columns = reinterpret_cast<int32_t*>(offsets + call.n_channels);
-  const float* x = place_channels(conv, call, taps, offsets, scratch);
+  const TileInput input = tile_input(conv, call, taps, scratch);
   const int channels_per_group = conv.n_channels / conv.groups, filters_per_group = conv.n_filters / conv.groups;
-  for (int i = 0; i < call.n_channels; ++i) columns[i] = call.channels[i] % channels_per_group * taps.n;
   const PixelSums sums(call, scratch);
   int c = 0, f = 0;
   for (int group = 0; group < conv.groups; ++group) {
     const int c1 = position_of(call.channels, call.n_channels, c, (group + 1) * channels_per_group);
     const int f1 = position_of(call.filters, call.n_filters, f, (group + 1) * filters_per_group);
-    DirectJob{conv, call, sums, {x, offsets + c, columns + c, c1 - c, taps.offset, taps.n, {}}, f, f1 - f}.run_all();
+    TileInput of_group = input;
+    of_group.place += c;
+    of_group.n_channels = c1 - c;
+    DirectJob{conv, call, sums, of_group, f, f1 - f, 0, n_vectors(conv.out)}.run_all();
     c = c1;
     f = f1;
   }

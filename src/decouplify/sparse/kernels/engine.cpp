@@ -167,6 +167,27 @@ class Run {
     return kDone;
   }
 
+  // A step and those joined to it at once; false, and nothing is done, if they have to be taken one by one.
+  bool separate(int32_t index) const {
+    const decouplify_step &first = plan_.steps[index], &last = plan_.steps[index + first.joined];
+    if (has_constants(first.input)) return false;
+    const bool is_one = first.kind == kExpand;
+    const decouplify_step& middle = is_one ? first : plan_.steps[index + 1];
+    const decouplify::Convolution expand = is_one ? expansion_of(first) : convolution_of(first);
+    const decouplify::Convolution project = convolution_of(last);
+    const decouplify::Window window = window_of(middle, nullptr);
+    const decouplify::ConvolutionCall outer = call_of(last, plan_.ahead[index + first.joined]);
+    if (!kernels_.separate({expand, window, project, call_of(first, {}), outer}, workspace_.scratch)) return false;
+    if (is_one) {
+      finish_expand(first);
+    } else {
+      finish_convolution(first, expand);
+      finish_window(middle, window);
+    }
+    finish_convolution(last, project);
+    return true;
+  }
+
  private:
   float* data(int32_t value) const {
     const decouplify_value& v = plan_.values[value];
@@ -186,9 +207,9 @@ class Run {
     const float* all = sums(value);
     return all != nullptr ? all[channel] : kernels_.sum(plane(value, channel), plan_.geometry(value));
   }
+  bool has_constants(int32_t value) const { return !plan_.constants[value].empty(); }
   float constant(int32_t value, int32_t channel) const {
-    const auto& constants = plan_.constants[value];
-    return constants.empty() ? 0.0f : constants[channel];
+    return has_constants(value) ? plan_.constants[value][channel] : 0.0f;
   }
   float mean_of(int32_t value, int32_t channel) const {
     if (!live(value).flags[channel]) return constant(value, channel);
@@ -245,20 +266,34 @@ class Run {
   }
 
   void convolve(const decouplify_step& s, const decouplify::Ahead& ahead) const {
-    const Channels &in = live(s.input), &filters = open(s);
+    const decouplify::Convolution conv = convolution_of(s);
+    kernels_.convolve(conv, call_of(s, ahead), workspace_.scratch);
+    finish_convolution(s, conv);
+  }
+
+  decouplify::Convolution convolution_of(const decouplify_step& s) const {
     const decouplify_value &x = plan_.values[s.input], &y = plan_.values[s.output];
     decouplify::Convolution conv{x.channels, y.channels, s.groups, {}, {}, {}, {}, s.weight, s.transformed, s.bias,
                                  s.activation, static_cast<decouplify::Algorithm>(s.algorithm),
                                  plan_.geometry(s.input), plan_.geometry(s.output)};
     copy_window(s, conv);
-    if (in.n < in.size() && !plan_.constants[s.input].empty()) conv.bias = bias_with_constants(s, filters);
+    const Channels& in = live(s.input);
+    if (in.n < in.size() && has_constants(s.input)) conv.bias = bias_with_constants(s, open(s));
+    return conv;
+  }
+
+  decouplify::ConvolutionCall call_of(const decouplify_step& s, const decouplify::Ahead& ahead) const {
+    const Channels &in = live(s.input), &filters = open(s);
     const bool adds = s.other >= 0;
-    kernels_.convolve(conv,
-                      {data(s.input), in.list.data(), in.n, data(s.output), filters.list.data(), filters.n,
-                       adds ? data(s.other) : nullptr, adds ? live(s.other).flags.data() : nullptr, sums(s.output),
-                       n_threads_, ahead},
-                      workspace_.scratch);
-    count(conv, in, filters);
+    return {data(s.input), in.list.data(), in.n, data(s.output), filters.list.data(), filters.n,
+            adds ? data(s.other) : nullptr, adds ? live(s.other).flags.data() : nullptr, sums(s.output), n_threads_,
+            ahead};
+  }
+
+  void finish_convolution(const decouplify_step& s, const decouplify::Convolution& conv) const {
+    const Channels& filters = open(s);
+    count(conv, live(s.input), filters);
+    const bool adds = s.other >= 0;
     if (adds) add_closed(s, filters);
     live(s.output).assign([&](int32_t c) { return filters.flags[c] || (adds && live(s.other).flags[c]); });
   }
@@ -319,17 +354,30 @@ class Run {
   }
 
   void slide(const decouplify_step& s, const float* scale) const {
-    decouplify::Window window{static_cast<decouplify::WindowKind>(s.window), {}, {}, {}, {}, s.weight, s.bias, scale,
-                              s.activation, plan_.geometry(s.input), plan_.geometry(s.output)};
-    copy_window(s, window);
-    const bool is_depthwise = window.kind == decouplify::WindowKind::kDepthwise;
-    const Channels &in = live(s.input), &channels = is_depthwise ? open(s) : in;
+    const decouplify::Window window = window_of(s, scale);
+    const Channels &in = live(s.input), &channels = channels_of(window, s);
     kernels_.slide(window,
                    {data(s.input), data(s.output), channels.list.data(), channels.n, in.flags.data(), sums(s.output),
                     n_threads_},
                    workspace_.scratch);
+    finish_window(s, window);
+  }
+
+  decouplify::Window window_of(const decouplify_step& s, const float* scale) const {
+    decouplify::Window window{static_cast<decouplify::WindowKind>(s.window), {}, {}, {}, {}, s.weight, s.bias, scale,
+                              s.activation, plan_.geometry(s.input), plan_.geometry(s.output)};
+    copy_window(s, window);
+    return window;
+  }
+
+  const Channels& channels_of(const decouplify::Window& window, const decouplify_step& s) const {
+    return window.kind == decouplify::WindowKind::kDepthwise ? open(s) : live(s.input);
+  }
+
+  void finish_window(const decouplify_step& s, const decouplify::Window& window) const {
+    const Channels &in = live(s.input), &channels = channels_of(window, s);
     live(s.output).assign([&](int32_t c) { return channels.flags[c]; });
-    if (!is_depthwise) return;
+    if (window.kind != decouplify::WindowKind::kDepthwise) return;
     const int64_t n_pixels = int64_t{window.out.height} * window.out.width;
     for (int32_t i = 0; i < channels.n; ++i) {
       if (in.flags[channels.list[i]]) workspace_.n_macs += n_pixels * s.kernel[0] * s.kernel[1];
@@ -337,20 +385,23 @@ class Run {
   }
 
   void expand(const decouplify_step& s) const {
+    kernels_.expand_and_slide(expansion_of(s), window_of(s, nullptr), call_of(s, {}), workspace_.scratch);
+    finish_expand(s);
+  }
+
+  // The first convolution of a kExpand.
+  decouplify::Convolution expansion_of(const decouplify_step& s) const {
+    const Geometry& in = plan_.geometry(s.input);
+    return {live(s.input).size(), open(s).size(), 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}, s.weight2, nullptr, s.bias2,
+            s.activation, decouplify::Algorithm::kDirect, in, in};
+  }
+
+  void finish_expand(const decouplify_step& s) const {
     const Geometry &in = plan_.geometry(s.input), &out = plan_.geometry(s.output);
-    const Channels &channels = live(s.input), &filters = open(s);
-    const decouplify::Convolution conv{channels.size(), filters.size(), 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}, s.weight2,
-                                       nullptr, s.bias2, s.activation, decouplify::Algorithm::kDirect, in, in};
-    decouplify::Window window{decouplify::WindowKind::kDepthwise, {}, {}, {}, {}, s.weight, s.bias, nullptr,
-                              s.activation, in, out};
-    copy_window(s, window);
-    kernels_.expand_and_slide(conv, window,
-                              {data(s.input), channels.list.data(), channels.n, data(s.output), filters.list.data(),
-                               filters.n, nullptr, nullptr, sums(s.output), n_threads_, {}},
-                              workspace_.scratch);
+    const Channels& filters = open(s);
     live(s.output).assign([&](int32_t c) { return filters.flags[c]; });
     const int64_t n_expanded = int64_t{in.height} * in.width, n_pixels = int64_t{out.height} * out.width;
-    workspace_.n_macs += filters.n * (channels.n * n_expanded + n_pixels * s.kernel[0] * s.kernel[1]);
+    workspace_.n_macs += filters.n * (live(s.input).n * n_expanded + n_pixels * s.kernel[0] * s.kernel[1]);
   }
 
   void add(const decouplify_step& s) const {
@@ -415,7 +466,7 @@ class Run {
   void mean(const decouplify_step& s) const {
     float* to = data(s.output);
     for (int32_t c = 0; c < live(s.input).size(); ++c) to[c] = mean_of(s.input, c);
-    live(s.output).assign([&](int32_t c) { return live(s.input).flags[c] || !plan_.constants[s.input].empty(); });
+    live(s.output).assign([&](int32_t c) { return live(s.input).flags[c] || has_constants(s.input); });
   }
 
   void flatten(const decouplify_step& s) const {
@@ -610,6 +661,11 @@ int32_t decouplify_run(const decouplify_plan* plan, decouplify_workspace* worksp
                        float* const* slots, int32_t n_threads) try {
   Run run(*plan, *workspace, slots, n_threads);
   for (int32_t i = begin; i < end; ++i) {
+    const int32_t n_joined = plan->steps[i].joined;
+    if (n_joined > 0 && i + n_joined < end && run.separate(i)) {
+      i += n_joined;
+      continue;
+    }
     const Status status = run.step(i);
     if (status != kDone) return status;
   }

@@ -13,7 +13,7 @@
 
 extern "C" {
 
-enum { kAbiVersion = 4 };
+enum { kAbiVersion = 5 };
 
 enum Status : int32_t { kDone = 0, kUndefinedGate = 1, kOutOfMemory = 2 };
 
@@ -55,6 +55,10 @@ struct decouplify_step {
   // kScale: whether a channel that the input lacks does not exist in the output either, though it would hold a constant.
   // What reads the output then adds the constant: kControl and kMean, and convolutions of 1x1 by way of their bias.
   int32_t leaves_constants;
+  // How many steps after this one may be computed with it, a band of rows at a time, because each of them alone reads
+  // what the one before it writes: a depthwise kWindow and a 1x1 kConvolution after a kConvolution without `other` that
+  // has the gate of the kWindow, or a 1x1 kConvolution after a kExpand. What lies in between is then not written.
+  int32_t joined;
   int32_t kernel[2], stride[2], padding[2], dilation[2];
   decouplify::Activation activation;
   float epsilon;

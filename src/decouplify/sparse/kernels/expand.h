@@ -11,6 +11,8 @@ namespace decouplify::DECOUPLIFY_ISA {
 
 constexpr int64_t kBandFloats = 256 << 10;  // input and expanded rows of one band: about a second-level cache
 
+constexpr int64_t kFetchedFloats = 4 << 10;   // of the output, half of a first-level cache at most
+
 // Rows [first, last) of the expanded map of a few filters, in memory of their own.
 class Band {
  public:
@@ -47,22 +49,24 @@ class Band {
   float* memory_;
 };
 
+// Rows [first, last) of the output, and the vectors [v0, v1) among them where vectors run across rows.
+struct Rows {
+  int first, last, v0, v1;
+};
+
 struct ExpandJob {
   const Convolution& expand;  // its output is what `window` reads
   const Window& window;
-  const ConvolutionCall& call;  // of the input of the one and the output of the other
-  const PixelSums& sums;
-  Taps taps;
+  const ConvolutionCall& call;  // of the input of the one and the filters of both
+  Taps taps;                    // of the window
   bool by_rows, in_place;
   const PackedInput* packed;  // the input without borders, or null
-  const int64_t* offsets;     // its channels where they are, if it is not packed
-  const int32_t* columns;
+  TileInput input;            // the input where it is, if it is not packed
   Scratch& scratch;
 
-  int n_vectors() const { return divide_up((window.out.height - 1) * window.out.row + window.out.width, kLanes); }
-  int n_groups() const {
-    return divide_up(call.n_filters, packed == nullptr ? kTileFilters : packed->filters_at_once());
-  }
+  int n_vectors() const { return DECOUPLIFY_ISA::n_vectors(window.out); }
+  int filters_at_once() const { return packed == nullptr ? kTileFilters : packed->filters_at_once(); }
+  int n_groups() const { return divide_up(call.n_filters, filters_at_once()); }
   int n_bands() const {
     const int64_t per_row = int64_t{call.n_channels + 2 * kTileFilters} * window.in.row;
     const int n_rows = static_cast<int>(kBandFloats / per_row);
@@ -70,33 +74,38 @@ struct ExpandJob {
     return smaller(divide_up(window.in.height, n_rows < 4 ? 4 : n_rows), most);
   }
 
-  // Rows of the expanded map under output rows [first, last).
-  Band band_under(int first, int last, float* memory) const {
-    const Axis& rows = taps.rows;
-    return {window.in, first * rows.stride - rows.padding, (last - 1) * rows.stride + rows.reach(rows.kernel - 1) + 1,
-            memory};
+  // Rows of the expanded map under these rows of the output.
+  Band band_under(const Rows& rows, float* memory) const {
+    const Axis& axis = taps.rows;
+    return {window.in, rows.first * axis.stride - axis.padding,
+            (rows.last - 1) * axis.stride + axis.reach(axis.kernel - 1) + 1, memory};
   }
 
-  // Of a band of whole blocks of rows.
-  int first_row(int i_band) const {
-    return part(divide_up(window.out.height, kBlockRows), n_bands(), i_band) * kBlockRows;
-  }
-
-  void run(int index, int thread) const {
-    const int i_band = index / n_groups(), group = index % n_groups();
-    const int n0 = part(call.n_filters, n_groups(), group), n1 = part(call.n_filters, n_groups(), group + 1);
+  // A band of whole blocks of rows, or of whole vectors, which may begin in one row and end in the next.
+  Rows rows_of(int i_band) const {
+    const auto first_row = [&](int band) {
+      return part(divide_up(window.out.height, kBlockRows), n_bands(), band) * kBlockRows;
+    };
     const int v0 = part(n_vectors(), n_bands(), i_band), v1 = part(n_vectors(), n_bands(), i_band + 1);
-    // A vector may begin in one row and end in the next.
     const int first = by_rows ? first_row(i_band) : v0 * kLanes / window.out.row;
     const int end = by_rows ? first_row(i_band + 1) : divide_up(v1 * kLanes, window.out.row);
-    const int last = smaller(end, window.out.height);
-    const Band sized = band_under(first, last, nullptr);
+    return {first, smaller(end, window.out.height), v0, v1};
+  }
+
+  // Both convolutions for filters [n0, n1) of the list; output_of(i) says where those of filter i go.
+  template <class OutputOf>
+  void run(const Rows& rows, int n0, int n1, int thread, OutputOf&& output_of) const {
+    const Band sized = band_under(rows, nullptr);
     const int64_t n_floats = Band::filter_floats(window.in, sized.last() - sized.first()) * (n1 - n0);
-    const Band band = band_under(first, last, scratch.products[thread].reserve(n_floats + kTileVectors * kLanes));
+    const Band band = band_under(rows, scratch.products[thread].reserve(n_floats + kTileVectors * kLanes));
+    const int64_t n_output = int64_t{rows.last - rows.first} * window.out.row;
+    if (n_output * (n1 - n0) <= kFetchedFloats) {
+      for (int i = n0; i < n1; ++i) fetch_to_write(output_of(i).out + rows.first * window.out.row, n_output);
+    }
     packed == nullptr ? fill(band, n0, n1) : fill_packed(band, n0, n1);
     for (int i = n0; i < n1; ++i) {
       band.clear_outside(i - n0);
-      slide_filter(band, band.origin(i - n0), i, first, last, v0, v1, thread);
+      slide_filter(band, band.origin(i - n0), i, rows, output_of(i), thread);
     }
   }
 
@@ -110,12 +119,13 @@ struct ExpandJob {
       for (int i = n0; i < n1; ++i) {
         const int filter = call.filters[i];
         TileOutput& o = to[i - n0];
-        o.weight = o.next_weight = expand.weight + int64_t{filter} * expand.n_channels;
+        o.weight = o.next_weight = expand.weight + int64_t{filter} * expand.n_channels * input.n_taps;
         o.out = band.origin(i - n0) + at;
         o.bias = expand.bias[filter];
       }
-      const TileInput in{call.in + window.in.origin + at, offsets, columns, call.n_channels, taps_of_point(), 1, nothing_ahead(call.in)};
-      tile_for(1, n1 - n0, smaller(kTileVectors, n_tile - v))(in, to, window.in.mask + at, expand.activation);
+      TileInput in = input;
+      in.x += at;
+      tile_for(in, n1 - n0, smaller(kTileVectors, n_tile - v))(in, to, window.in.mask + at, expand.activation);
     }
   }
 
@@ -124,7 +134,7 @@ struct ExpandJob {
     alignas(64) float products[kMostFilters * kProductFloats];
     memset(band.memory(), 0, Band::filter_floats(window.in, band.last() - band.first()) * (n1 - n0) * sizeof(float));
     for (int tile = 0; tile < packed->n_tiles(); ++tile) {
-      packed->multiply(tile, n0, n1, nothing_ahead(call.in), products);
+      packed->multiply(tile, n0, n1, tile == 0, nothing_ahead(call.in), products);
       for (int i = n0; i < n1; ++i) {
         TileOutput to{};
         to.out = band.origin(i - n0);
@@ -135,25 +145,16 @@ struct ExpandJob {
     }
   }
 
-  static const int64_t* taps_of_point() {
-    static constexpr int64_t kPoint[1] = {0};
-    return kPoint;
-  }
-
-  void slide_filter(const Band& band, const float* plane, int i, int first, int last, int v0, int v1, int thread) const {
-    const int filter = call.filters[i];
-    const float* weight = window.weight + int64_t{filter} * taps.n;
-    TileOutput to{};
-    to.out = call.out + filter * window.out.plane + window.out.origin;
-    to.partial_sum = sums.of(thread, i);
-    to.bias = window.bias[filter];
-    if (by_rows) return slide_rows(window, plane, weight, first, last, to);
+  void slide_filter(const Band& band, const float* plane, int i, const Rows& rows, const TileOutput& to,
+                    int thread) const {
+    const float* weight = window.weight + int64_t{call.filters[i]} * taps.n;
+    if (by_rows) return slide_rows(window, plane, weight, rows.first, rows.last, to);
     float* gathered = in_place ? nullptr : scratch.window[thread].reserve(taps.channel() + kTileVectors * kLanes);
-    if (!in_place) gather_band(band, plane, first, last, gathered);
+    if (!in_place) gather_band(band, plane, rows.first, rows.last, gathered);
     const WindowInput in{in_place ? plane : gathered, taps.offset, taps.n, weight};
-    int v = v0;
-    for (; v + 4 <= v1; v += 4) slide_and_finish<WindowKind::kDepthwise, 4>(in, window, int64_t{v} * kLanes, to);
-    for (; v < v1; ++v) slide_and_finish<WindowKind::kDepthwise, 1>(in, window, int64_t{v} * kLanes, to);
+    int v = rows.v0;
+    for (; v + 4 <= rows.v1; v += 4) slide_and_finish<WindowKind::kDepthwise, 4>(in, window, int64_t{v} * kLanes, to);
+    for (; v < rows.v1; ++v) slide_and_finish<WindowKind::kDepthwise, 1>(in, window, int64_t{v} * kLanes, to);
   }
 
   // What gather_channel does, for the rows that output rows [first, last) need.
@@ -181,33 +182,45 @@ static bool pays_to_pack(const Geometry& g, int n_channels) {
   return int64_t{n_flat - n_packed} * n_channels > 12 * int64_t{n_packed};
 }
 
-static void expand_and_slide(const Convolution& expand, const Window& window, const ConvolutionCall& call,
-                             Scratch& scratch) {
-  if (call.n_filters == 0) return;
+// The second convolution's way through memory.
+static ExpandJob expand_job(const Convolution& expand, const Window& window, const ConvolutionCall& call,
+                            Scratch& scratch) {
   Taps taps = taps_of(window);
   const bool in_place = reads_in_place(window);
   in_place ? place_in_plane(taps, window.in) : place_in_phases(taps, window.out);
+  return {expand, window, call, taps, slides_by_rows(window), in_place, nullptr, {}, scratch};
+}
+
+static void expand_and_slide(const Convolution& expand, const Window& window, const ConvolutionCall& call,
+                             Scratch& scratch) {
+  if (call.n_filters == 0) return;
+  ExpandJob job = expand_job(expand, window, call, scratch);
   const PixelSums sums(call, scratch);
-  const auto run = [&](const ExpandJob& job) {
-    parallel(call.n_threads, job.n_bands() * job.n_groups(), [&](int begin, int end, int thread) {
-      for (int i = begin; i < end; ++i) job.run(i, thread);
+  const auto run_all = [&] {
+    const int n_groups = job.n_groups();
+    parallel(call.n_threads, job.n_bands() * n_groups, [&](int begin, int end, int thread) {
+      for (int index = begin; index < end; ++index) {
+        const int group = index % n_groups;
+        const int n0 = part(call.n_filters, n_groups, group), n1 = part(call.n_filters, n_groups, group + 1);
+        job.run(job.rows_of(index / n_groups), n0, n1, thread, [&](int i) {
+          const int filter = call.filters[i];
+          TileOutput to{};
+          to.out = call.out + filter * window.out.plane + window.out.origin;
+          to.partial_sum = sums.of(thread, i);
+          to.bias = window.bias[filter];
+          return to;
+        });
+      }
     });
   };
-  ExpandJob job{expand, window, call, sums, taps, slides_by_rows(window), in_place, nullptr, nullptr, nullptr, scratch};
   if (job.n_bands() == 1 && pays_to_pack(window.in, call.n_channels)) {
     const PackedInput packed(expand, call, scratch);
     job.packed = &packed;
-    run(job);
+    run_all();
   } else {
-    auto* offsets = reinterpret_cast<int64_t*>(scratch.lists.reserve(size_t(call.n_channels) * 3 + 1));
-    auto* columns = reinterpret_cast<int32_t*>(offsets + call.n_channels);
-    for (int i = 0; i < call.n_channels; ++i) {
-      offsets[i] = call.channels[i] * window.in.plane;
-      columns[i] = call.channels[i];
-    }
-    job.offsets = offsets;
-    job.columns = columns;
-    run(job);
+    Taps point = taps_of(expand);
+    job.input = tile_input(expand, call, point, scratch);
+    run_all();
   }
   sums.finish();
 }

@@ -5,6 +5,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "packed.h"
+#include "separable.h"
 #include "window.h"
 #include "winograd.h"
 
@@ -37,9 +38,9 @@ static void transform(Algorithm algorithm, const float* weight, int n_filters, i
 }
 
 const Kernels& kernels() {
-  static constexpr Kernels table{DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve,    slide,     expand_and_slide, transform,
-                                 add_planes,                        scale_plane, sum_plane, normalise,        project,
-                                 linear};
+  static constexpr Kernels table{
+      DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve, slide,   expand_and_slide, separate, transform, add_planes,
+      scale_plane,                       sum_plane, normalise, project,          linear};
   return table;
 }
 

@@ -52,7 +52,7 @@ void release(float* data);
 struct Scratch {
   static constexpr int kMaxThreads = 64;
   Buffer transformed[kMaxThreads], products[kMaxThreads], window[kMaxThreads];
-  Buffer gathered, partial_sums, lists;
+  Buffer gathered, partial_sums, lists, inner_lists;
 };
 
 // Calls body(context, begin, end, thread) for disjoint ranges that cover [0, n_tasks), on up to n_threads threads, and

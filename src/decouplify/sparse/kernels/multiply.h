@@ -9,82 +9,106 @@ namespace decouplify::DECOUPLIFY_ISA {
 constexpr int kMostFilters = kTileVectors == 4 ? 8 : kTileFilters;
 DECOUPLIFY_INLINE int filters_at_once(int n_vectors) { return n_vectors < 4 ? kMostFilters : kTileFilters; }
 
-// products[filter][vector] = sum over channels of weight[filter][column[c]] * x[c][vector].
-template <int NB, int NV, bool AHEAD>
-static void multiply(const float* x, const int32_t* columns, int n_channels, const float* const* weights,
-                     const float* const* next_weights, Stream ahead, float* products, int64_t stride) {
-  Vec acc[NB][NV];
+// The operands of one tile.
+struct Factors {
+  const float* x;                    // (channels, vectors)
+  const int32_t* columns;            // of each channel, its place in a filter's weights
+  const float* const* weights;       // per filter
+  const float* const* next_weights;  // kTurns rows of the filters that come next, or null
+};
+
+// acc[filter][vector] += the products of channels up to `end`.
+template <int NB, int NV, bool FETCH>
+DECOUPLIFY_INLINE void add_products(const Factors& factors, int end, TileProgress& progress, Vec (&acc)[NB][NV]) {
   const float* weight[NB];
 #pragma GCC unroll 8
-  for (int n = 0; n < NB; ++n) {
-    weight[n] = weights[n];
+  for (int n = 0; n < NB; ++n) weight[n] = factors.weights[n];
+  const float* x = factors.x + int64_t{progress.channel} * NV * kLanes;
+  const int32_t* columns = factors.columns + progress.channel;
+  const float* next_weights[FETCH ? kTurns : 1];
+  if (FETCH) memcpy(next_weights, factors.next_weights, sizeof(next_weights));
+  Stream ahead = progress.ahead;
+  for (int c = progress.channel; c < end; ++c, ++columns, x += NV * kLanes) {
+    const int64_t column = *columns;
+    if (FETCH) {
+      __builtin_prefetch(next_weights[c % kTurns] + column, 0, 2);
+      ahead.fetch();
+    }
+    Vec value[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[n][v] = Vec{};
-  }
-  const float* const* turn = next_weights;
-  Vec total[NB][NV];
-  // Winograd rounds more than a sum of its channels does.
-  const int n_at_once = AHEAD ? kLongestSum : n_channels;
-  if (n_channels > n_at_once) memset(total, 0, sizeof(total));
-  for (int c = 0; c < n_channels;) {
-    if (c > 0) put_aside(acc, total);
-    const int end = smaller(n_channels, c + n_at_once);
-    for (; c < end; ++c, x += NV * kLanes) {
-      const int64_t column = columns[c];
-      // One row per channel: sixteen channels share a line, so each row has its turn.
-      if (AHEAD) {
-        __builtin_prefetch(*turn + column, 0, 2);
-        turn = turn + 1 < next_weights + NB ? turn + 1 : next_weights;
-        ahead.fetch();
-      }
-      Vec value[NV];
+    for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
+    for (int n = 0; n < NB; ++n) {
+      const Vec w = splat(weight[n][column]);
 #pragma GCC unroll 8
-      for (int n = 0; n < NB; ++n) {
-        const Vec w = splat(weight[n][column]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
-      }
+      for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
     }
   }
-  if (n_channels > n_at_once) {
-    put_aside(acc, total);
-    memcpy(acc, total, sizeof(acc));
+  progress = {end, ahead};
+}
+
+// The same for a part of a long sum, added to `products`; see add_part.
+template <int NB, int NV, bool FETCH>
+__attribute__((noinline)) static void add_part_of_products(const Factors& factors, int end, TileProgress& progress,
+                                                           float* products, int64_t stride) {
+  Vec acc[NB][NV] = {};
+  add_products<NB, NV, FETCH>(factors, end, progress, acc);
+#pragma GCC unroll 8
+  for (int n = 0; n < NB; ++n) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      float* p = products + n * stride + v * kLanes;
+      store(p, load(p) + acc[n][v]);
+    }
   }
+}
+
+// products[filter][vector] = sum over channels of weight[filter][column[c]] * x[c][vector]. FETCH: whether the rows of
+// next_weights, and what the stream brings, are fetched meanwhile. SPLIT: whether long sums are sums of sums.
+template <int NB, int NV, bool FETCH, bool SPLIT>
+static void multiply(const float* x, const int32_t* columns, int n_channels, const float* const* weights,
+                     const float* const* next_weights, Stream ahead, float* products, int64_t stride) {
+  const Factors factors{x, columns, weights, next_weights};
+  TileProgress progress{0, ahead};
+  const int n_at_once = SPLIT ? kLongestSum : n_channels;
+  Vec acc[NB][NV] = {};
+  add_products<NB, NV, FETCH>(factors, smaller(n_channels, n_at_once), progress, acc);
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) store(products + n * stride + v * kLanes, acc[n][v]);
+  }
+  while (SPLIT && progress.channel < n_channels) {
+    const int end = smaller(n_channels, progress.channel + n_at_once);
+    add_part_of_products<NB, NV, FETCH>(factors, end, progress, products, stride);
   }
 }
 
 using MultiplyFunction = void (*)(const float*, const int32_t*, int, const float* const*, const float* const*, Stream,
                                   float*, int64_t);
 
-template <bool AHEAD, int NB, int... V>
+template <bool FETCH, bool SPLIT, int NB, int... V>
 static MultiplyFunction multiply_for(int n_vectors, std::integer_sequence<int, V...>) {
-  static constexpr MultiplyFunction functions[] = {multiply<NB, V + 1, AHEAD>...};
+  static constexpr MultiplyFunction functions[] = {multiply<NB, V + 1, FETCH, SPLIT>...};
   return functions[n_vectors - 1];
 }
 
-template <bool AHEAD, int... B>
+template <bool FETCH, bool SPLIT, int... B>
 static MultiplyFunction multiply_for(int n_filters, int n_vectors, std::integer_sequence<int, B...>) {
   // More filters than a full tile has come with fewer vectors only.
   using Full = std::make_integer_sequence<int, kTileVectors>;
   using Fewer = std::make_integer_sequence<int, kTileVectors - 1>;
   using Choose = MultiplyFunction (*)(int);
   static constexpr Choose functions[] = {[](int v) {
-    return multiply_for<AHEAD, B + 1>(v, std::conditional_t<(B < kTileFilters), Full, Fewer>{});
+    return multiply_for<FETCH, SPLIT, B + 1>(v, std::conditional_t<(B < kTileFilters), Full, Fewer>{});
   }...};
   return functions[n_filters - 1](n_vectors);
 }
 
-// For 1 <= n_filters <= filters_at_once(n_vectors). AHEAD: whether to fetch the rows of next_weights, and what the stream
-// brings, meanwhile.
-template <bool AHEAD>
+// For 1 <= n_filters <= filters_at_once(n_vectors).
+template <bool FETCH, bool SPLIT>
 static MultiplyFunction multiply_for(int n_filters, int n_vectors) {
-  return multiply_for<AHEAD>(n_filters, n_vectors, std::make_integer_sequence<int, kMostFilters>{});
+  return multiply_for<FETCH, SPLIT>(n_filters, n_vectors, std::make_integer_sequence<int, kMostFilters>{});
 }
 
 }  // namespace decouplify::DECOUPLIFY_ISA

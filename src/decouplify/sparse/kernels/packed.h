@@ -44,18 +44,18 @@ class PackedInput {
   }
   const float* weights_of(int filter) const { return conv_.weight + filter * n_weights(); }
 
-  // The products of filters [n0, n1) of the call's list with one tile, kProductFloats apart.
-  void multiply(int tile, int n0, int n1, Stream ahead, float* products) const {
-    const float *weights[kMostFilters], *next_weights[kMostFilters];
-    for (int i = n0; i < n1; ++i) {
-      const int next = i + n1 - n0;
-      weights[i - n0] = weights_of(call_.filters[i]);
-      next_weights[i - n0] = weights_of(call_.filters[next < call_.n_filters ? next : i]);
+  // The products of filters [n0, n1) of the call's list with one tile, kProductFloats apart; see TileInput::fetches.
+  void multiply(int tile, int n0, int n1, bool fetches, Stream ahead, float* products) const {
+    const float *weights[kMostFilters], *next_weights[kTurns];
+    for (int i = n0; i < n1; ++i) weights[i - n0] = weights_of(call_.filters[i]);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int i = n0 + turn % (n1 - n0), next = i + n1 - n0;
+      next_weights[turn] = weights_of(call_.filters[next < call_.n_filters ? next : i]);
     }
     const int v0 = tile_start(tile), n = tile_start(tile + 1) - v0;
     const float* inputs = x_ + int64_t{v0} * n_rows() * kLanes;
-    multiply_for<true>(n1 - n0, n)(inputs, columns_, n_rows(), weights, next_weights, ahead, products,
-                                         kProductFloats);
+    const MultiplyFunction run = fetches ? multiply_for<true, true>(n1 - n0, n) : multiply_for<false, true>(n1 - n0, n);
+    run(inputs, columns_, n_rows(), weights, next_weights, ahead, products, kProductFloats);
     if (n_rest_ == 0 || tile + 1 < n_tiles()) return;
     for (int i = 0; i < n1 - n0; ++i) add_rest(weights[i], products + i * kProductFloats + n * kLanes);
   }
@@ -149,17 +149,21 @@ struct PackedJob {
       const int group0 = share_filters ? begin : 0, group1 = share_filters ? end : n_groups;
       for (int tile = tile0; tile < tile1; ++tile) {
         for (int group = group0; group < group1; ++group) {
-          const Stream ahead = stream_of(call.ahead, tile * n_groups + group, n_tiles * n_groups, input.n_rows());
           const int n0 = part(call.n_filters, n_groups, group), n1 = part(call.n_filters, n_groups, group + 1);
-          run_group(tile, n0, n1, ahead, thread);
+          const Stream ahead = stream_of(call.ahead, group, n_groups, input.n_rows());
+          run_group(tile, n0, n1, tile == tile0, ahead, thread);
         }
       }
     });
   }
 
-  void run_group(int tile, int n0, int n1, Stream ahead, int thread) const {
+  void run_group(int tile, int n0, int n1, bool fetches, Stream ahead, int thread) const {
     alignas(64) float products[kMostFilters * kProductFloats];
-    input.multiply(tile, n0, n1, ahead, products);
+    for (int i = n0; i < n1; ++i) {
+      float* to = output_of(conv, call, call.filters[i]).out;
+      fetch_to_write(to + input.first_pixel(tile) / conv.out.width * conv.out.row, input.n_pixels(tile));
+    }
+    input.multiply(tile, n0, n1, fetches, ahead, products);
     for (int i = n0; i < n1; ++i) {
       TileOutput to = output_of(conv, call, call.filters[i]);
       to.partial_sum = sums.of(thread, i);

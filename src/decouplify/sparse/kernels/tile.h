@@ -94,14 +94,24 @@ DECOUPLIFY_INLINE void fetch_part(const Ahead& ahead, int i, int n) {
   }
 }
 
-// The positions of one tile, for all channels: x + channel[c] + tap[t] is the first input it needs.
+// Outputs are rarely in the cache; a store waits for its line, unless that was asked for long before.
+DECOUPLIFY_INLINE void fetch_to_write(float* first, int64_t n_floats) {
+  for (int64_t i = 0; i < n_floats; i += 16) __builtin_prefetch(first + i, 1);
+}
+
+// Where the inputs of a channel are, and where its weights start in a filter's row.
+struct Place {
+  int64_t offset, column;
+};
+
+// The positions of one tile, for all channels: x + place[c].offset + tap[t] is the first input it needs.
 struct TileInput {
   const float* x;
-  const int64_t* channel;
-  const int32_t* column;  // where the weights of each channel start in a filter's row
+  const Place* place;
   int n_channels;
   const int64_t* tap;
   int n_taps;
+  bool fetches;  // whether weights of the next tile, and what comes after them, are fetched meanwhile (1x1 only)
   Stream ahead;
 };
 
@@ -134,31 +144,87 @@ DECOUPLIFY_INLINE void finish_row(const Vec (&acc)[NV], const TileOutput& to, co
 // Products that are added up one after another. Longer sums are sums of such sums, which lose fewer digits.
 constexpr int kLongestSum = 256;
 
-// Adds the sums so far to `total` and starts new ones.
-template <int NB, int NV>
-DECOUPLIFY_INLINE void put_aside(Vec (&acc)[NB][NV], Vec (&total)[NB][NV]) {
+// Where a tile is among its channels.
+struct TileProgress {
+  int channel;
+  Stream ahead;
+};
+
+// Rows of weights that are fetched in turn: sixteen channels share a line, so each row need not be fetched for each. A
+// power of two, for inner loops have no register to spare for the number of filters.
+constexpr int kTurns = 8;
+
+// acc[filter][vector] += the products of channels up to `end`. FETCH: see TileInput::fetches; what is in the cache already
+// is not worth the time.
+template <int TAPS, bool FETCH, int NB, int NV>
+DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, int end, TileProgress& progress,
+                                    Vec (&acc)[NB][NV]) {
+  const float* weight[NB];
+#pragma GCC unroll 8
+  for (int n = 0; n < NB; ++n) weight[n] = to[n].weight;
+  const float* next_weight[FETCH ? kTurns : 1];
+  if (FETCH) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kTurns; ++n) next_weight[n] = to[n % NB].next_weight;
+  }
+  const int n_taps = TAPS > 0 ? TAPS : in.n_taps;
+  const float* first = in.x;
+  Stream ahead = progress.ahead;
+  const Place* place = in.place + progress.channel;
+  for (int c = progress.channel; c < end; ++c, ++place) {
+    const float* x0 = first + place->offset;
+    const int64_t column = place->column;
+    if (TAPS == 9) {
+      // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
+      const int64_t next = place[c + 1 < in.n_channels].column;
+#pragma GCC unroll 8
+      for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + next);
+    }
+    if (FETCH) {
+      __builtin_prefetch(next_weight[c % kTurns] + column, 0, 2);
+      ahead.fetch();
+    }
+#pragma GCC unroll 9
+    for (int t = 0; t < n_taps; ++t) {
+      const float* x = x0 + in.tap[t];
+      Vec value[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
+#pragma GCC unroll 8
+      for (int n = 0; n < NB; ++n) {
+        const Vec w = splat(weight[n][column + t]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
+      }
+    }
+  }
+  progress = {end, ahead};
+}
+
+// The same for a part of a long sum. Never inlined: two sets of sums do not fit the registers, and moving them about
+// would take short sums as long as a dozen channels.
+template <int TAPS, bool FETCH, int NB, int NV>
+__attribute__((noinline)) static void add_part(const TileInput& in, const TileOutput* to, int end,
+                                               TileProgress& progress, Vec (&total)[NB][NV]) {
+  Vec acc[NB][NV] = {};
+  add_channels<TAPS, FETCH>(in, to, end, progress, acc);
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      total[n][v] += acc[n][v];
-      acc[n][v] = Vec{};
-    }
+    for (int v = 0; v < NV; ++v) total[n][v] += acc[n][v];
   }
 }
 
 // TAPS is the number of taps per channel, 0 for a number known at run time only.
-template <int TAPS, int NB, int NV>
+template <int TAPS, bool FETCH, int NB, int NV>
 static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* mask, const Activation& activation) {
   Vec acc[NB][NV];
-  const float* weight[NB];
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) {
-    weight[n] = to[n].weight;
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[n][v] = splat(to[n].bias);
   }
-  // Outputs are rarely in the cache; with few channels the sums are done before a line has come.
+  // With few channels the sums are done before a line has come.
   if (TAPS == 1 || in.n_channels < 4) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) {
@@ -166,50 +232,15 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
       for (int v = 0; v < NV; ++v) __builtin_prefetch((to[n].residual ? to[n].residual : to[n].out) + v * kLanes, 1);
     }
   }
-  const int n_taps = TAPS > 0 ? TAPS : in.n_taps, n_channels = in.n_channels;
-  const float* first = in.x;
-  const int64_t* channel = in.channel;
-  const int32_t* columns = in.column;
-  const TileOutput* turn = to;
-  Stream ahead = in.ahead;
-  const int n_at_once = TAPS > 0 ? kLongestSum / TAPS : 1 + kLongestSum / n_taps;
-  Vec total[NB][NV];
-  if (n_channels > n_at_once) memset(total, 0, sizeof(total));
-  for (int c = 0; c < n_channels;) {
-    if (c > 0) put_aside(acc, total);
-    const int end = smaller(n_channels, c + n_at_once);
-    for (; c < end; ++c) {
-      const float* x0 = first + channel[c];
-      const int64_t column = columns[c];
-      if (TAPS == 9) {
-        // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
-        const int64_t ahead = columns[c + 1 < n_channels ? c + 1 : c];
-#pragma GCC unroll 8
-        for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + ahead);
-      }
-      // One row per channel: sixteen channels share a line, so each row has its turn.
-      if (TAPS == 1) {
-        __builtin_prefetch(turn->next_weight + column, 0, 2);
-        turn = turn + 1 < to + NB ? turn + 1 : to;
-        ahead.fetch();
-      }
-#pragma GCC unroll 9
-      for (int t = 0; t < n_taps; ++t) {
-        const float* x = x0 + in.tap[t];
-        Vec value[NV];
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
-#pragma GCC unroll 8
-        for (int n = 0; n < NB; ++n) {
-          const Vec w = splat(weight[n][column + t]);
-#pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
-        }
-      }
+  const int n_at_once = TAPS > 0 ? kLongestSum / TAPS : 1 + kLongestSum / in.n_taps;
+  TileProgress progress{0, in.ahead};
+  add_channels<TAPS, FETCH>(in, to, smaller(in.n_channels, n_at_once), progress, acc);
+  if (in.n_channels > n_at_once) {
+    Vec total[NB][NV];
+    memcpy(total, acc, sizeof(acc));
+    while (progress.channel < in.n_channels) {
+      add_part<TAPS, FETCH>(in, to, smaller(in.n_channels, progress.channel + n_at_once), progress, total);
     }
-  }
-  if (n_channels > n_at_once) {
-    put_aside(acc, total);
     memcpy(acc, total, sizeof(acc));
   }
   with_activation(activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
@@ -220,26 +251,27 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
 
 using TileFunction = void (*)(const TileInput&, const TileOutput*, const int32_t*, const Activation&);
 
-template <int TAPS, int NB, int... V>
+template <int TAPS, bool FETCH, int NB, int... V>
 constexpr TileFunction tile_for(int n_vectors, std::integer_sequence<int, V...>) {
-  const TileFunction functions[] = {run_tile<TAPS, NB, V + 1>...};
+  const TileFunction functions[] = {run_tile<TAPS, FETCH, NB, V + 1>...};
   return functions[n_vectors - 1];
 }
 
-template <int TAPS, int... B>
+template <int TAPS, bool FETCH, int... B>
 static TileFunction tile_for(int n_filters, int n_vectors, std::integer_sequence<int, B...>) {
   using Vectors = std::make_integer_sequence<int, kTileVectors>;
   using Choose = TileFunction (*)(int);
-  static constexpr Choose functions[] = {[](int v) { return tile_for<TAPS, B + 1>(v, Vectors{}); }...};
+  static constexpr Choose functions[] = {[](int v) { return tile_for<TAPS, FETCH, B + 1>(v, Vectors{}); }...};
   return functions[n_filters - 1](n_vectors);
 }
 
 // The tile for 1 <= n_filters <= kTileFilters and 1 <= n_vectors <= kTileVectors.
-static TileFunction tile_for(int n_taps, int n_filters, int n_vectors) {
+static TileFunction tile_for(const TileInput& in, int n_filters, int n_vectors) {
   using Filters = std::make_integer_sequence<int, kTileFilters>;
-  if (n_taps == 1) return tile_for<1>(n_filters, n_vectors, Filters{});
-  if (n_taps == 9) return tile_for<9>(n_filters, n_vectors, Filters{});
-  return tile_for<0>(n_filters, n_vectors, Filters{});
+  if (in.n_taps == 1 && in.fetches) return tile_for<1, true>(n_filters, n_vectors, Filters{});
+  if (in.n_taps == 1) return tile_for<1, false>(n_filters, n_vectors, Filters{});
+  if (in.n_taps == 9) return tile_for<9, false>(n_filters, n_vectors, Filters{});
+  return tile_for<0, false>(n_filters, n_vectors, Filters{});
 }
 
 }  // namespace decouplify::DECOUPLIFY_ISA

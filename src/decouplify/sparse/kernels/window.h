@@ -47,7 +47,7 @@ DECOUPLIFY_INLINE void slide_and_finish(const WindowInput& in, const Window& win
 
 template <WindowKind KIND>
 static void slide_channel(const WindowInput& in, const Window& window, const TileOutput& to) {
-  const int n = divide_up((window.out.height - 1) * window.out.row + window.out.width, kLanes);
+  const int n = n_vectors(window.out);
   int v = 0;
   for (; v + 4 <= n; v += 4) slide_and_finish<KIND, 4>(in, window, int64_t{v} * kLanes, to);
   for (; v < n; ++v) slide_and_finish<KIND, 1>(in, window, int64_t{v} * kLanes, to);

@@ -224,8 +224,9 @@ struct Winograd {
         const int g0 = part(n, n_groups, g), g1 = part(n, n_groups, g + 1);
         const float* weights[kMostFilters];
         for (int i = g0; i < g1; ++i) weights[i - g0] = weight_of(call.filters[n0 + i], e);
-        multiply_for<false>(g1 - g0, block.n)(block.transformed + e * block.point, sources.column, sources.n, weights,
-                                              nullptr, Stream{}, products + g0 * filter + e * point, filter);
+        const MultiplyFunction run = multiply_for<false, false>(g1 - g0, block.n);
+        run(block.transformed + e * block.point, sources.column, sources.n, weights, nullptr, Stream{},
+            products + g0 * filter + e * point, filter);
       }
     }
     for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);

@@ -1,0 +1,115 @@
+// A convolution, the depthwise one after it, and the 1x1 convolution after that, a band of rows at a time.
+//
+// At the resolutions a network begins with, one map is larger than the second cache. Layer by layer, each is written to
+// memory and read back; in bands, the two maps in between never leave the cache.
+#pragma once
+
+#include "expand.h"
+
+namespace decouplify::DECOUPLIFY_ISA {
+
+constexpr int64_t kSeparableBand = 160 << 10;  // floats of all maps in one band, which a second-level cache holds
+
+// A window that must be gathered would need whole maps.
+static bool can_separate(const Separable& layers) {
+  return layers.expand.algorithm == Algorithm::kDirect && layers.inner.n_filters > 0 && layers.outer.n_filters > 0 &&
+         (slides_by_rows(layers.window) || reads_in_place(layers.window));
+}
+
+class SeparableJob {
+ public:
+  SeparableJob(const Separable& layers, Scratch& scratch)
+      : layers_(layers),
+        scratch_(scratch),
+        sums_(layers.outer, scratch),
+        taps_(taps_of(layers.expand)),
+        expand_(expand_job(layers.expand, layers.window, layers.inner, scratch)) {
+    expand_.input = tile_input(layers.expand, layers.inner, taps_, scratch);
+  }
+
+  void run() const {
+    const int n_inner = layers_.inner.n_filters;
+    const int64_t plane = band_plane();
+    Place* places = reserve_places(scratch_.inner_lists, n_inner);
+    for (int i = 0; i < n_inner; ++i) places[i] = {i * plane, layers_.inner.filters[i]};
+    parallel(layers_.outer.n_threads, n_bands(), [&](int begin, int end, int thread) {
+      float* memory = scratch_.window[thread].reserve(n_inner * plane + kTileVectors * kLanes);
+      for (int band = begin; band < end; ++band) {
+        const Rows rows = rows_of(band);
+        if (rows.v0 < rows.v1) run_band(rows, memory, places, plane, band == begin, thread);
+      }
+    });
+    sums_.finish();
+  }
+
+ private:
+  const Geometry& out() const { return layers_.window.out; }
+  int blocks() const { return divide_up(out().height, kBlockRows); }
+
+  // As many as threads can share.
+  int n_bands() const {
+    const int32_t* stride = layers_.expand.stride;
+    const int n_threads = layers_.outer.n_threads;
+    const int64_t n_planes = layers_.inner.n_channels * stride[0] * stride[1] + kTileFilters;
+    const int64_t n_below = n_planes * layers_.window.in.row * layers_.window.stride[0];
+    const int64_t per_row = n_below + int64_t{layers_.inner.n_filters} * out().row;
+    const int at_once = static_cast<int>(kSeparableBand / (per_row * kBlockRows));
+    const int n = divide_up(blocks(), at_once < 1 ? 1 : at_once);
+    return smaller(divide_up(n, n_threads) * n_threads, blocks());
+  }
+
+  // Whole vectors, of which the last one may end in the row after the last block.
+  Rows rows_of(int band) const {
+    const auto vector = [&](int i) {
+      const int64_t n = divide_up(part(blocks(), n_bands(), i) * kBlockRows * out().row, kLanes);
+      return smaller(static_cast<int>(n), n_vectors(out()));
+    };
+    const int v0 = vector(band), v1 = vector(band + 1);
+    return {v0 * kLanes / out().row, smaller(divide_up(v1 * kLanes, out().row), out().height), v0, v1};
+  }
+
+  // Floats from one filter to the next of what the depthwise convolution leaves of a band.
+  int64_t band_plane() const {
+    int most = 0;
+    for (int i = 0; i < n_bands(); ++i) {
+      const Rows rows = rows_of(i);
+      most = rows.last - rows.first > most ? rows.last - rows.first : most;
+    }
+    const int64_t plane = (int64_t{most} * out().row + (kTileVectors + 1) * kLanes + 15) / 16 * 16;
+    return plane % 1024 == 0 ? plane + 16 : plane;
+  }
+
+  void run_band(const Rows& rows, float* memory, const Place* places, int64_t plane, bool is_first,
+                int thread) const {
+    float* origin = memory - int64_t{rows.first} * out().row;  // as if all rows were there
+    const int n_groups = expand_.n_groups(), n = layers_.inner.n_filters;
+    for (int group = 0; group < n_groups; ++group) {
+      expand_.run(rows, part(n, n_groups, group), part(n, n_groups, group + 1), thread, [&](int i) {
+        TileOutput to{};
+        to.out = origin + i * plane;
+        to.bias = layers_.window.bias[layers_.inner.filters[i]];
+        return to;
+      });
+    }
+    static constexpr int64_t kPoint[1] = {0};
+    const TileInput in{origin, places, n, kPoint, 1, false, nothing_ahead(memory)};
+    const DirectJob job{layers_.project, layers_.outer, sums_, in, 0, layers_.outer.n_filters, rows.v0, rows.v1};
+    for (int tile = 0; tile < job.n_tiles(); ++tile) {
+      for (int group = 0; group < job.n_filter_groups(); ++group) job.run(tile, group, is_first && tile == 0, thread);
+    }
+  }
+
+  const Separable& layers_;
+  Scratch& scratch_;
+  PixelSums sums_;
+  Taps taps_;  // of the first convolution
+  ExpandJob expand_;
+};
+
+static bool separate(const Separable& layers, Scratch& scratch) {
+  if (!can_separate(layers)) return false;
+  SeparableJob(layers, scratch).run();
+  return true;
+}
+
+}  // namespace decouplify::DECOUPLIFY_ISA
