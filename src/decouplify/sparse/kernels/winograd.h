@@ -214,22 +214,29 @@ struct Winograd {
     }
   }
 
-  // Filters [n0, n1) of the list on one block.
-  void run_filters(const Block& block, int n0, int n1, int thread) const {
+  // Filters [n0, n1) of the list on one block. fetches: whether their weights are met for the first time.
+  void run_filters(const Block& block, int n0, int n1, bool fetches, int thread) const {
     const int n = n1 - n0, n_groups = divide_up(n, filters_at_once(block.n));
     const int64_t point = int64_t{block.n} * kLanes, filter = kPoints * point + 16;
     float* products = scratch.products[thread].reserve(filter * n);
-    for (int e = 0; e < kPoints; ++e) {
-      for (int g = 0; g < n_groups; ++g) {
-        const int g0 = part(n, n_groups, g), g1 = part(n, n_groups, g + 1);
-        const float* weights[kMostFilters];
-        for (int i = g0; i < g1; ++i) weights[i - g0] = weight_of(call.filters[n0 + i], e);
-        const MultiplyFunction run = multiply_for<false, false>(g1 - g0, block.n);
-        run(block.transformed + e * block.point, sources.column, sources.n, weights, nullptr, Stream{},
-            products + g0 * filter + e * point, filter);
-      }
+    for (int i = 0; i < kPoints * n_groups; ++i) {
+      const int e = i / n_groups, g = i % n_groups, g0 = part(n, n_groups, g), g1 = part(n, n_groups, g + 1);
+      const float *weights[kTurns], *next_weights[kTurns];
+      rows_of_group(n0, n, n_groups, i, weights);
+      if (fetches) rows_of_group(n0, n, n_groups, i + 1 < kPoints * n_groups ? i + 1 : i, next_weights);
+      const MultiplyFunction run =
+          fetches ? multiply_for<true, false>(g1 - g0, block.n) : multiply_for<false, false>(g1 - g0, block.n);
+      const float* inputs = block.transformed + e * block.point;
+      run(inputs, sources.column, sources.n, weights, next_weights, nothing_ahead(inputs),
+          products + g0 * filter + e * point, filter);
     }
     for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);
+  }
+
+  // The rows of one group of filters at one point, over and over: groups go by point after point.
+  void rows_of_group(int n0, int n, int n_groups, int index, const float** rows) const {
+    const int e = index / n_groups, g = index % n_groups, g0 = part(n, n_groups, g), g1 = part(n, n_groups, g + 1);
+    for (int turn = 0; turn < kTurns; ++turn) rows[turn] = weight_of(call.filters[n0 + g0 + turn % (g1 - g0)], e);
   }
 
   const float* weight_of(int filter, int point) const {
@@ -285,7 +292,7 @@ struct Winograd {
       for (int i = begin; i < end; ++i) {
         const Block block = block_at(i, scratch.transformed[thread]);
         for (int c = 0; c < sources.n; ++c) transform_input(block, c);
-        for (int f = 0; f < n_filter_blocks(); ++f) run_filter_block(block, i, f, thread);
+        for (int f = 0; f < n_filter_blocks(); ++f) run_filter_block(block, i, f, i == begin, thread);
       }
     });
   }
@@ -298,15 +305,15 @@ struct Winograd {
         for (int c = begin; c < end; ++c) transform_input(block, c);
       });
       parallel(call.n_threads, n_filter_blocks(), [&](int begin, int end, int thread) {
-        for (int f = begin; f < end; ++f) run_filter_block(block, i, f, thread);
+        for (int f = begin; f < end; ++f) run_filter_block(block, i, f, i == 0, thread);
       });
     }
   }
 
-  void run_filter_block(const Block& block, int i_block, int f, int thread) const {
+  void run_filter_block(const Block& block, int i_block, int f, bool fetches, int thread) const {
     const int parts = n_filter_blocks(), n0 = part(call.n_filters, parts, f), n1 = part(call.n_filters, parts, f + 1);
     fetch_part(call.ahead, i_block * parts + f, n_blocks() * parts);
-    run_filters(block, n0, n1, thread);
+    run_filters(block, n0, n1, fetches, thread);
   }
 
   void run() const { call.n_threads == 1 || n_blocks() >= 2 * call.n_threads ? run_by_block() : run_by_filter(); }
