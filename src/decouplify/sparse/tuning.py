@@ -27,6 +27,8 @@ __all__ = ["cache_file", "choose_algorithms"]
 #: Directory of the file with measured choices; the system's cache directory if not set, none if empty.
 CACHE_VARIABLE = "DECOUPLIFY_CACHE"
 
+#: Raised whenever kernels change so much that choices measured before may be wrong.
+_EDITION = 2
 _N_ROUNDS = 5
 _SECONDS_PER_WAY = 0.02
 
@@ -52,7 +54,7 @@ def choose_algorithms(program: Program, *, exact: bool) -> None:
 
 
 def _key(step: Step) -> str:
-    """What the choice depends on: the CPU, the threads, and the layer."""
+    """What the choice depends on: the CPU, the kernels, the threads, and the layer."""
     assert step.input is not None and step.output is not None and step.output.size is not None
     sliding = step.sliding
     pairs = (sliding.kernel, sliding.stride, sliding.padding, sliding.dilation, step.output.size)
@@ -60,7 +62,8 @@ def _key(step: Step) -> str:
     channels = f"{step.input.channels}->{step.output.channels} in {step.groups}"
     layer = f"{channels} {kernel}/{stride}+{padding}:{dilation} at {size}"
     halves = f"{'half' if step.reads_part else 'all'}->{'half' if step.gate >= 0 else 'all'}"
-    return f"{_cpu()} {native.instruction_set()} {torch.get_num_threads()} threads: {layer} {halves}"
+    kernels = f"{native.instruction_set()} {_EDITION}"
+    return f"{_cpu()} {kernels} {torch.get_num_threads()} threads: {layer} {halves}"
 
 
 @functools.cache

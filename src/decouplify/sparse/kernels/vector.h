@@ -69,6 +69,17 @@ DECOUPLIFY_INLINE void store_first(float* p, Vec v, int n) {
 #endif
 }
 
+// Half a vector from each of two places.
+DECOUPLIFY_INLINE Vec load_halves(const float* a, const float* b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
+#elif defined(__AVX__)
+  return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
+#else
+  return Vec{a[0], a[1], b[0], b[1]};
+#endif
+}
+
 // A NaN in v stays: of two values that do not compare, the instructions take the second, as the expressions do. (The
 // forms with a mask of all lanes are the same instructions; GCC 12 warns of the others.)
 DECOUPLIFY_INLINE Vec at_least(Vec v, Vec low) {

@@ -13,15 +13,23 @@
 
 namespace decouplify::DECOUPLIFY_ISA {
 
+// Consecutive pixels of one row, or of two rows half a vector each, where rows are that short.
+template <int ROWS>
+DECOUPLIFY_INLINE Vec load_run(const float* const* x, int run, int64_t offset) {
+  if (ROWS == 1) return load(x[run] + offset);
+  return load_halves(x[2 * run] + offset, x[2 * run + 1] + offset);
+}
+
 struct Transform2 {
   static constexpr int kTile = 2, kTaps = 3, kPoints = 4;
   static constexpr double kFilter[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
 
   // Inputs 0..3 of each tile of a row: tiles are two pixels apart.
+  template <int ROWS>
   DECOUPLIFY_INLINE void load_row(const float* const* x, int64_t offset, Vec (&d)[4]) {
-    const float *a = x[0] + offset, *b = x[1] + offset;
-    d[0] = evens(load(a), load(b)), d[1] = odds(load(a), load(b));
-    d[2] = evens(load(a + 2), load(b + 2)), d[3] = odds(load(a + 2), load(b + 2));
+    const Vec a = load_run<ROWS>(x, 0, offset), b = load_run<ROWS>(x, 1, offset);
+    const Vec next_a = load_run<ROWS>(x, 0, offset + 2), next_b = load_run<ROWS>(x, 1, offset + 2);
+    d[0] = evens(a, b), d[1] = odds(a, b), d[2] = evens(next_a, next_b), d[3] = odds(next_a, next_b);
   }
   DECOUPLIFY_INLINE void input(const Vec (&d)[4], Vec (&t)[4]) {
     t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
@@ -58,9 +66,10 @@ struct Transform4 {
                                            {1 / kNb, -kB / kNb, kB2 / kNb}, {0, 0, 1}};
   static constexpr float a = kA, b = kB, a2 = kA2, b2 = kB2, a3 = kA * kA2, b3 = kB * kB2;
 
+  template <int ROWS>
   DECOUPLIFY_INLINE void load_row(const float* const* x, int64_t offset, Vec (&d)[6]) {
     Vec p[4], q[4];
-    for (int i = 0; i < 4; ++i) p[i] = load(x[i] + offset), q[i] = load(x[i] + offset + 4);
+    for (int i = 0; i < 4; ++i) p[i] = load_run<ROWS>(x, i, offset), q[i] = load_run<ROWS>(x, i, offset + 4);
     split_by_four(p, d[0], d[1], d[2], d[3]);
     d[4] = evens(evens(q[0], q[1]), evens(q[2], q[3])), d[5] = evens(odds(q[0], q[1]), odds(q[2], q[3]));
   }
@@ -98,9 +107,10 @@ struct Transform44 {
     return (tap == 0 ? 1 : tap == 1 ? p : tap == 2 ? p * p : p * p * p) / scale;
   }
 
+  template <int ROWS>
   DECOUPLIFY_INLINE void load_row(const float* const* x, int64_t offset, Vec (&d)[7]) {
     Vec p[4], q[4], unused;
-    for (int i = 0; i < 4; ++i) p[i] = load(x[i] + offset), q[i] = load(x[i] + offset + 4);
+    for (int i = 0; i < 4; ++i) p[i] = load_run<ROWS>(x, i, offset), q[i] = load_run<ROWS>(x, i, offset + 4);
     split_by_four(p, d[0], d[1], d[2], d[3]);
     split_by_four(q, d[4], d[5], d[6], unused);
   }
@@ -139,9 +149,11 @@ struct Sources {
 
 // One layer call. Tiles are taken in runs: kLanes consecutive pixels of M rows, which is kLanes / M tiles; M runs fill
 // the lanes of a vector with tiles. A block is a few such vectors, so that a weight serves more than one.
-template <class T>
+//
+// ROWS: rows of tiles in a run, 2 for maps half as wide as a vector at most.
+template <class T, int ROWS>
 struct Winograd {
-  static constexpr int M = T::kTile;
+  static constexpr int M = T::kTile, kRunWidth = kLanes / ROWS;
   static constexpr int kPoints = T::kPoints * T::kPoints;
   static constexpr int kFiltersAtOnce = 4 * kTileFilters;  // their products stay in the second-level cache
 
@@ -151,8 +163,8 @@ struct Winograd {
   const PixelSums& sums;
   Scratch& scratch;
 
-  int runs_per_row() const { return divide_up(conv.out.width, kLanes); }
-  int n_runs() const { return divide_up(conv.out.height, M) * runs_per_row(); }
+  int runs_per_row() const { return divide_up(conv.out.width, kRunWidth); }
+  int n_runs() const { return divide_up(conv.out.height, M * ROWS) * runs_per_row(); }
   int n_vectors() const { return divide_up(n_runs(), M); }
   int n_blocks() const { return divide_up(n_vectors(), kTileVectors); }
   // As many for each thread.
@@ -173,7 +185,7 @@ struct Winograd {
   Run run_at(int vector, int i) const {
     const int index = vector * M + i;
     if (index >= n_runs()) return {0, 0, false};
-    return {index % runs_per_row() * kLanes, index / runs_per_row() * M, true};
+    return {index % runs_per_row() * kRunWidth, index / runs_per_row() * M * ROWS, true};
   }
 
   Block block_at(int i, Buffer& buffer) const {
@@ -186,10 +198,11 @@ struct Winograd {
   void transform_input(const Block& block, int c) const {
     const float* plane = sources.plane[c];
     for (int v = 0; v < block.n; ++v) {
-      const float* x[M];
-      for (int i = 0; i < M; ++i) {
-        const Run run = run_at(block.first + v, i);
-        x[i] = plane + int64_t{run.y} * sources.row + run.x;
+      const float* x[M * ROWS];
+      for (int i = 0; i < M * ROWS; ++i) {
+        const Run run = run_at(block.first + v, i / ROWS);
+        const int y = run.y + i % ROWS * M;  // where there is nothing any more, the first row will do
+        x[i] = plane + int64_t{y < conv.out.height ? y : 0} * sources.row + run.x;
       }
       transform_tiles(x, block.transformed + (int64_t{c} * block.n + v) * kLanes, block.point);
     }
@@ -200,7 +213,7 @@ struct Winograd {
 #pragma GCC unroll 8
     for (int i = 0; i < T::kPoints; ++i) {
       Vec d[T::kPoints];
-      T::load_row(x, int64_t{i} * sources.row, d);
+      T::template load_row<ROWS>(x, int64_t{i} * sources.row, d);
       T::input(d, rows[i]);
     }
 #pragma GCC unroll 8
@@ -276,9 +289,19 @@ struct Winograd {
 
   DECOUPLIFY_INLINE_MEMBER void finish_run(Vec pixels, const Run& run, int row, const TileOutput& to,
                                            Vec& total) const {
-    if (!run.exists || run.y + row >= conv.out.height) return;
-    const int64_t at = int64_t{run.y + row} * conv.out.row + run.x;
-    const int n = conv.out.width - run.x;
+    if (!run.exists) return;
+    if (ROWS == 1) return finish_row_of_run(pixels, run.y + row, run.x, to, total);
+    alignas(64) float both[2 * kLanes];
+    store(both, pixels);
+    for (int i = 0; i < ROWS; ++i) {
+      finish_row_of_run(load(both + i * kRunWidth), run.y + i * M + row, run.x, to, total);
+    }
+  }
+
+  DECOUPLIFY_INLINE_MEMBER void finish_row_of_run(Vec pixels, int row, int x, const TileOutput& to, Vec& total) const {
+    if (row >= conv.out.height) return;
+    const int64_t at = int64_t{row} * conv.out.row + x;
+    const int n = conv.out.width - x;
     Vec y = pixels + to.bias;
     if (to.residual != nullptr) y += load(to.residual + at);
     y = activate(y, conv.activation);
@@ -333,7 +356,11 @@ static void convolve_winograd(const Convolution& conv, const ConvolutionCall& ca
     sources.column[i] = call.channels[i];
   }
   const PixelSums sums(call, scratch);
-  Winograd<T>{conv, call, sources, sums, scratch}.run();
+  if (conv.out.width <= kLanes / 2 && conv.out.height > T::kTile) {
+    Winograd<T, 2>{conv, call, sources, sums, scratch}.run();
+  } else {
+    Winograd<T, 1>{conv, call, sources, sums, scratch}.run();
+  }
   sums.finish();
 }
 
@@ -357,7 +384,7 @@ static void convolve_winograd_strided(const Convolution& conv, const Convolution
     sources.column[i] = call.channels[i / 4] * 4 + i % 4;
   }
   const PixelSums sums(call, scratch);
-  Winograd<Transform44>{conv, call, sources, sums, scratch}.run();
+  Winograd<Transform44, 1>{conv, call, sources, sums, scratch}.run();
   sums.finish();
 }
 
