@@ -205,6 +205,8 @@ def test_an_undefined_image_in_a_batch_stays_alone() -> None:
     images[1] = math.nan
     found = run(fast, images)[0]
     assert found[1].isnan().all()
+    assert fast.n_undefined == 1
+    assert "undefined gates (NaN), which the reference computed: 1" in repr(fast)
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
 
 

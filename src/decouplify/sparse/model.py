@@ -83,6 +83,9 @@ class SparseModel(nn.Module):
 
     Image sizes other than the one the model was wrapped for are recorded when they first occur. Any number of threads
     may call one object; each call uses ``torch.get_num_threads()`` threads.
+
+    Attributes:
+        n_undefined: Images that the engine left to the slow reference, because the logit of a gate was NaN.
     """
 
     def __init__(self, model: nn.Module, mode: Mode = "fast", habits: Habits | None = None) -> None:
@@ -92,6 +95,7 @@ class SparseModel(nn.Module):
         assert isinstance(decoupling, Decoupling)
         self.plan, self.mode, self._habits = decoupling.plan, mode, habits
         self.costly: tuple[GateProfit, ...] = ()
+        self.n_undefined = 0
         _put_features_first(snapshot)
         # In a list, because the snapshot is material for lowering and not a part of this module.
         self._source = [unwrap(snapshot).eval()]
@@ -158,8 +162,11 @@ class SparseModel(nn.Module):
         program = self.program_for(tuple(image.shape[1:])) if image.dtype == torch.float32 else None
         if program is not None:
             # The engine knows no gradients, so nothing here switches them off: that takes longer than one thinks.
-            with suppress(UndefinedGateError):
+            try:
                 return program.run(image)
+            except UndefinedGateError:
+                with self._lock:
+                    self.n_undefined += 1
         with torch.no_grad():
             return lowered.module(image)
 
@@ -262,6 +269,8 @@ class SparseModel(nn.Module):
             lines.append(f"  as recorded: {listed or 'nothing'}")
         else:
             lines += [f"  {line}" for line in program.describe()]
+        if self.n_undefined:
+            lines.append(f"  images with undefined gates (NaN), which the reference computed: {self.n_undefined}")
         return "\n".join(lines)
 
     def _backend(self, lowered: Lowered) -> str:
