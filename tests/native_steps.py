@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume
@@ -90,6 +93,19 @@ class Case:
             )
         )
         return height, width
+
+
+@contextmanager
+def kernels_of(name: str) -> Iterator[None]:
+    """Run with the kernels of one instruction set; the test is skipped where they cannot run."""
+    chosen, engine = native.instruction_set(), native.engine()
+    assert engine is not None
+    if not engine.select(name.encode()):
+        pytest.skip(f"not compiled, or not for this CPU: {name}")
+    try:
+        yield
+    finally:
+        engine.select(chosen.encode())
 
 
 def flags(values: list[bool]) -> Tensor:

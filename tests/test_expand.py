@@ -18,7 +18,7 @@ from decouplify.sparse.drafts import Act, Draft, Map, Sliding, Step
 from decouplify.sparse.executor import build_plan
 from decouplify.sparse.memory import place
 from decouplify.sparse.native import StepKind
-from native_steps import ACTS, NODE, _is_valid, _lists, flags, slidings
+from native_steps import ACTS, NODE, _is_valid, _lists, flags, kernels_of, slidings
 from toynets import SIZE, Classifier, conv_bn_relu, random_images, randomise_gates, randomise_statistics, run
 
 pytestmark = pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence())
@@ -122,19 +122,13 @@ def test_the_step_computes_both_convolutions(case: Case) -> None:
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_every_instruction_set_on_the_sizes_of_real_networks(name: str, kernel: int, stride: int) -> None:
-    chosen, engine = native.instruction_set(), native.engine()
-    assert engine is not None
-    if not engine.select(name.encode()):
-        pytest.skip(f"not compiled, or not for this CPU: {name}")
-    try:
+    with kernels_of(name):
         # In several bands, in one, and with the input packed.
         for side, n_channels in ((112, 24), (56, 24), (7, 24), (14, 500), (7, 160)):
             sliding = Sliding((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2))
             channels, filters = [i % 2 == 0 for i in range(n_channels)], [i % 2 == 0 for i in range(24)]
             for n_threads in (1, 2):
                 assert_same(Case((side, side), sliding, channels, filters, Act(low=0.0, high=6.0), n_threads))
-    finally:
-        engine.select(chosen.encode())
 
 
 class Inverted(Classifier):

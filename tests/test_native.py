@@ -18,7 +18,7 @@ from conftest import ROOT
 from decouplify.sparse import native
 from decouplify.sparse.drafts import Act, Sliding
 from decouplify.sparse.native import ActivationKind, Algorithm
-from native_steps import STRIDED, Case, convolutions, expected, found, windows
+from native_steps import STRIDED, Case, convolutions, expected, found, kernels_of, windows
 
 pytestmark = pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence())
 
@@ -29,12 +29,8 @@ SAME_SIZE = tuple(a for a in Algorithm if a is not Algorithm.WINOGRAD_STRIDED)
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    chosen, engine = native.instruction_set(), native.engine()
-    assert engine is not None
-    if not engine.select(request.param.encode()):
-        pytest.skip(f"not compiled, or not for this CPU: {request.param}")
-    yield request.param
-    engine.select(chosen.encode())
+    with kernels_of(request.param):
+        yield request.param
 
 
 def tolerance(case: Case) -> float:

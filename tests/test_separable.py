@@ -20,7 +20,7 @@ from decouplify.sparse.drafts import Act, Draft, Map, Sliding, Step
 from decouplify.sparse.executor import build_plan
 from decouplify.sparse.memory import place
 from decouplify.sparse.native import StepKind
-from native_steps import ACTS, NODE, _is_valid, _lists, flags, slidings
+from native_steps import ACTS, NODE, _is_valid, _lists, flags, kernels_of, slidings
 from toynets import SIZE, Classifier, conv_bn_relu, random_images, randomise_gates, randomise_statistics, run
 
 pytestmark = pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence())
@@ -187,12 +187,8 @@ def test_bands_give_what_the_three_give_one_after_another(case: Case) -> None:
 @pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])
 @pytest.mark.parametrize("side", [112, 57, 23])
 def test_every_instruction_set_in_several_bands(name: str, side: int) -> None:
-    chosen, engine = native.instruction_set(), native.engine()
-    assert engine is not None
-    if not engine.select(name.encode()):
-        pytest.skip(f"not compiled, or not for this CPU: {name}")
     relu6 = Act(low=0.0, high=6.0)
-    try:
+    with kernels_of(name):
         for first, stride in ((Sliding((3, 3), (2, 2), (1, 1)), 1), (POINT, 2), (POINT, 1)):
             for kernel, n_threads in ((3, 1), (5, 2), (3, 3)):
                 sliding = Sliding((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2))
@@ -200,8 +196,6 @@ def test_every_instruction_set_in_several_bands(name: str, side: int) -> None:
                 residual = first == POINT and stride == 1
                 acts = (relu6, relu6, Act())
                 assert_same(Case((side, side), first, sliding, *halves, acts, residual, n_threads))
-    finally:
-        engine.select(chosen.encode())
 
 
 class Block(Classifier):
