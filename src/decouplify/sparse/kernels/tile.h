@@ -154,8 +154,8 @@ struct TileProgress {
 // power of two, for inner loops have no register to spare for the number of filters.
 constexpr int kTurns = 8;
 
-// acc[filter][vector] += the products of channels up to `end`. FETCH: see TileInput::fetches; what is in the cache already
-// is not worth the time.
+// acc[filter][vector] += the products of channels up to `end`. FETCH: see TileInput::fetches; it takes time, which only
+// weights that are not in the cache are worth.
 template <int TAPS, bool FETCH, int NB, int NV>
 DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, int end, TileProgress& progress,
                                     Vec (&acc)[NB][NV]) {
