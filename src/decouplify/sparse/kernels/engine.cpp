@@ -47,8 +47,10 @@ Geometry geometry_of(const decouplify_geometry& given) {
   Geometry g{given.height, given.width, given.border, given.width + given.border, 0, 0, nullptr};
   // Winograd tiles are four rows high; what they read below the last row must be finite.
   const int64_t n_rows = (g.height + 3) / 4 * 4 + 2 * int64_t{g.border};
-  g.origin = int64_t{g.border} * g.row + g.border;
-  g.plane = (n_rows * g.row + g.border + 15) / 16 * 16;
+  // The first pixel begins a cache line: a vector that lies across two of them takes twice as long to load and store.
+  const int64_t before = int64_t{g.border} * g.row + g.border;
+  g.origin = (before + 15) / 16 * 16;
+  g.plane = (g.origin - before + n_rows * g.row + g.border + 15) / 16 * 16;
   if (g.plane % 1024 == 0) g.plane += 16;  // planes a page apart would fight for the same cache sets
   return g;
 }
