@@ -88,19 +88,41 @@ DECOUPLIFY_INLINE void gather_row(const float* in, int width, int first, int str
   for (i = end; i < n; ++i) to[i] = fill;
 }
 
+// Both phases of a row at stride 2, as two calls of gather_row would leave them; what is loaded serves the two.
+//   first: column of the first even element, itself even
+DECOUPLIFY_INLINE void gather_both_phases(const float* in, int width, int first, float* even, float* odd, int n,
+                                          float fill) {
+  const int begin = first < 0 ? smaller(-first / 2, n) : 0;
+  const auto end_at = [&](int i) { return smaller(i > begin ? i : begin, n); };
+  const int end_even = end_at((width - first + 1) / 2), end_odd = end_at((width - first) / 2);
+  for (int i = 0; i < begin; ++i) even[i] = odd[i] = fill;
+  for (int i = begin; i < end_even; i += kLanes) {
+    const Vec low = load(in + first + 2 * i), high = load(in + first + 2 * i + kLanes);
+    store(even + i, evens(low, high));
+    store(odd + i, odds(low, high));
+  }
+  for (int i = end_even; i < n; ++i) even[i] = fill;
+  for (int i = end_odd; i < n; ++i) odd[i] = fill;
+}
+
 // All phases of one channel; `plane` is the channel's first pixel.
 static void gather_channel(const float* plane, const Taps& taps, const Geometry& in, const Geometry& out, float* to,
                            float fill) {
   const Axis &rows = taps.rows, &columns = taps.columns;
-  const int n_rows = out.height + rows.last() - rows.first();
-  for (int a = 0; a < rows.n_phases(); ++a) {
-    for (int b = 0; b < columns.n_phases(); ++b, to += taps.plane) {
-      float* row = to;
-      for (int i = 0; i < n_rows; ++i, row += out.row) {
-        const int y = (i + rows.first()) * rows.stride + a;
-        const bool exists = y >= 0 && y < in.height;
-        gather_row(exists ? plane + int64_t{y} * in.row : plane, exists ? in.width : 0,
-                   columns.first() * columns.stride + b, columns.stride, row, out.row, fill);
+  const int first_row = rows.first() * rows.stride, n_rows = out.height + rows.last() - rows.first();
+  const int first_column = columns.first() * columns.stride, n_phases = columns.n_phases();
+  for (int a = 0; a < rows.n_phases(); ++a, to += n_phases * taps.plane) {
+    for (int i = 0; i < n_rows; ++i) {
+      const int y = first_row + i * rows.stride + a;
+      const bool exists = y >= 0 && y < in.height;
+      const float* from = exists ? plane + int64_t{y} * in.row : plane;
+      float* row = to + int64_t{i} * out.row;
+      if (n_phases == 2) {
+        gather_both_phases(from, exists ? in.width : 0, first_column, row, row + taps.plane, out.row, fill);
+        continue;
+      }
+      for (int b = 0; b < n_phases; ++b) {
+        gather_row(from, exists ? in.width : 0, first_column + b, columns.stride, row + b * taps.plane, out.row, fill);
       }
     }
   }

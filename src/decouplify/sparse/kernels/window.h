@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "depthwise.h"
+#include "pool.h"
 
 namespace decouplify::DECOUPLIFY_ISA {
 
@@ -62,9 +63,10 @@ static void slide_any(const WindowInput& in, const Window& window, const TileOut
 }
 
 static void slide(const Window& window, const WindowCall& call, Scratch& scratch) {
-  const bool is_depthwise = window.kind == WindowKind::kDepthwise, by_rows = slides_by_rows(window);
+  const bool is_depthwise = window.kind == WindowKind::kDepthwise;
+  const bool slides = slides_by_rows(window), pools = pools_by_rows(window);
   // The border of the planes is zero, which is not what a maximum needs outside the image.
-  const bool in_place = by_rows || (reads_in_place(window) && window.kind != WindowKind::kMax);
+  const bool in_place = slides || pools || (reads_in_place(window) && window.kind != WindowKind::kMax);
   Taps taps = taps_of(window);
   in_place ? place_in_plane(taps, window.in) : place_in_phases(taps, window.out);
   const float outside = window.kind == WindowKind::kMax ? -std::numeric_limits<float>::infinity() : 0.0f;
@@ -80,7 +82,11 @@ static void slide(const Window& window, const WindowCall& call, Scratch& scratch
                            is_depthwise ? window.weight + int64_t{channel} * taps.n : nullptr};
       const TileOutput to{nullptr, nullptr, call.out + channel * window.out.plane + window.out.origin, nullptr,
                           call.sums == nullptr ? nullptr : partial, is_depthwise ? window.bias[channel] : 0.0f};
-      by_rows && exists ? slide_rows(window, plane, in.weight, 0, window.out.height, to) : slide_any(in, window, to);
+      if (slides && exists) {
+        slide_rows(window, plane, in.weight, 0, window.out.height, to);
+      } else {
+        pools && exists ? pool_rows(window, plane, to) : slide_any(in, window, to);
+      }
       if (call.sums != nullptr) call.sums[channel] = sum(load(partial));
     }
   });
