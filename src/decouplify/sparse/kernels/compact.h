@@ -60,17 +60,30 @@ DECOUPLIFY_INLINE void compact(const float* plane, const Geometry& g, float* to)
 
 #endif
 
-// Calls f(position, index, lanes) until pixels [first, first + n) were met: `index` counts them, and the lanes say where
-// the next few lie from `position` on.
-template <class F>
-DECOUPLIFY_INLINE void for_each_pixel(const Geometry& g, int first, int n, F&& f) {
-  for (int i = 0; i < n;) {
+// Some consecutive pixels among flat positions: the lanes say where they lie from `at` on, and `index` counts those
+// before them.
+struct Chunk {
+  int64_t at;
+  int index;
+  Lanes lanes;
+};
+
+// How many chunks the pixels of a map make at most, cut into n_runs.
+DECOUPLIFY_INLINE int most_chunks(const Geometry& g, int n_runs) {
+  return g.height * divide_up(g.width, kLanes) + n_runs;
+}
+
+// The chunks of pixels [first, first + n); returns how many there are.
+DECOUPLIFY_INLINE int find_chunks(const Geometry& g, int first, int n, Chunk* chunks) {
+  int n_chunks = 0;
+  for (int i = 0; i < n; ++n_chunks) {
     const int pixel = first + i;
     const int64_t at = int64_t{pixel / g.width} * g.row + pixel % g.width;
     const Lanes lanes = lanes_at(g, at, n - i);
-    f(at, i, lanes);
+    chunks[n_chunks] = {at, i, lanes};
     i += count(lanes);
   }
+  return n_chunks;
 }
 
 }  // namespace decouplify::DECOUPLIFY_ISA

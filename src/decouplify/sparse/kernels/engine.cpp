@@ -49,18 +49,20 @@ Geometry geometry_of(const decouplify_geometry& given) {
   const int64_t n_rows = (g.height + 3) / 4 * 4 + 2 * int64_t{g.border};
   // The first pixel begins a cache line: a vector that lies across two of them takes twice as long to load and store.
   const int64_t before = int64_t{g.border} * g.row + g.border;
-  g.origin = (before + 15) / 16 * 16;
-  g.plane = (g.origin - before + n_rows * g.row + g.border + 15) / 16 * 16;
+  g.origin = decouplify::whole_lines(before + 15);
+  g.plane = decouplify::whole_lines(g.origin - before + n_rows * g.row + g.border + 15);
   if (g.plane % 1024 == 0) g.plane += 16;  // planes a page apart would fight for the same cache sets
   return g;
 }
 
-std::vector<int32_t> mask_of(const Geometry& g) {
-  std::vector<int32_t> mask(decouplify::flat_size(g) + 64);
+// See Geometry::mask. It begins a cache line, as the vectors do that it is applied to.
+Floats mask_of(const Geometry& g) {
+  Floats memory(decouplify::allocate(decouplify::flat_size(g) + 64));
+  auto* mask = reinterpret_cast<int32_t*>(memory.get());
   for (int32_t y = 0; y < g.height; ++y) {
     for (int32_t x = 0; x < g.width; ++x) mask[int64_t{y} * g.row + x] = -1;
   }
-  return mask;
+  return memory;
 }
 
 // 1 / elements of the image under each window of an average; padding counts if asked for.
@@ -87,7 +89,7 @@ const Kernels* chosen = decouplify::best_kernels();
 
 struct decouplify_plan {
   std::vector<Geometry> geometries;
-  std::vector<std::vector<int32_t>> masks;
+  std::vector<Floats> masks;
   std::vector<int64_t> arena_sizes;  // per geometry, and last that of vectors
   std::vector<decouplify_value> values;
   std::vector<decouplify_step> steps;
@@ -598,7 +600,7 @@ decouplify_plan* decouplify_plan_new(const decouplify_geometry* geometries, int3
   for (int32_t i = 0; i < n_geometries; ++i) {
     Geometry g = geometry_of(geometries[i]);
     plan->masks.push_back(mask_of(g));
-    g.mask = plan->masks.back().data();
+    g.mask = reinterpret_cast<const int32_t*>(plan->masks.back().get());
     plan->geometries.push_back(g);
     plan->arena_sizes.push_back(geometries[i].n_planes * g.plane + slack(g));
   }

@@ -18,9 +18,10 @@ class Band {
  public:
   Band(const Geometry& g, int first, int last, float* memory) : g_(g), first_(first), last_(last), memory_(memory) {}
 
-  // Beside the rows: border columns before the first one, and what the last tile writes beyond the last one.
+  // Beside the rows: border columns before the first one and what aligns it, and what the last tile writes beyond the
+  // last one.
   static int64_t filter_floats(const Geometry& g, int n_rows) {
-    return (int64_t{n_rows} * g.row + 2 * g.border + (kTileVectors + 1) * kLanes + 15) / 16 * 16;
+    return (int64_t{n_rows} * g.row + 2 * g.border + (kTileVectors + 2) * kLanes + 15) / 16 * 16;
   }
 
   float* memory() const { return memory_; }
@@ -29,9 +30,9 @@ class Band {
   // Rows of the image among them.
   int first_pixel_row() const { return within(0); }
   int last_pixel_row() const { return within(g_.height); }
-  // The first pixel of the image, as if all of its rows were there.
+  // The first pixel of the image, as if all of its rows were there. Vectors of positions from it on begin cache lines.
   float* origin(int i) const {
-    return memory_ + i * filter_floats(g_, last_ - first_) + g_.border - int64_t{first_} * g_.row;
+    return memory_ + i * filter_floats(g_, last_ - first_) - whole_lines(int64_t{first_} * g_.row - g_.border);
   }
   // Zeros above and below the image; to be called after the rows were written, for tiles write beyond their end.
   void clear_outside(int i) const {
@@ -110,8 +111,8 @@ struct ExpandJob {
   }
 
   void fill(const Band& band, int n0, int n1) const {
-    const int64_t start = int64_t{band.first_pixel_row()} * window.in.row;
-    const int64_t n = int64_t{band.last_pixel_row() - band.first_pixel_row()} * window.in.row;
+    const int64_t start = whole_lines(int64_t{band.first_pixel_row()} * window.in.row);
+    const int64_t n = int64_t{band.last_pixel_row()} * window.in.row - start;
     const int n_tile = divide_up(static_cast<int>(n), kLanes);
     for (int v = 0; v < n_tile; v += kTileVectors) {
       const int64_t at = start + int64_t{v} * kLanes;
@@ -139,8 +140,7 @@ struct ExpandJob {
         TileOutput to{};
         to.out = band.origin(i - n0);
         to.bias = expand.bias[call.filters[i]];
-        finish_pixels(products + (i - n0) * kProductFloats, packed->first_pixel(tile), packed->n_pixels(tile),
-                      window.in, to, expand.activation);
+        finish_pixels(products + (i - n0) * kProductFloats, *packed, tile, to, expand.activation);
       }
     }
   }

@@ -18,6 +18,9 @@ struct Geometry {
   const int32_t* mask;  // per flat position from the origin: -1 for a pixel, 0 for border; padded to whole vectors
 };
 
+// The floats before a position that fill whole cache lines, which also holds before the first pixel.
+inline int64_t whole_lines(int64_t position) { return position & ~int64_t{15}; }
+
 // Positions from the first pixel to the last one, border columns in between included.
 inline int64_t flat_size(const Geometry& g) { return int64_t{g.height} * g.row; }
 

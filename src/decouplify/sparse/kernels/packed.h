@@ -30,7 +30,7 @@ class PackedInput {
     const int64_t n_packed = int64_t{n_rows()} * n_vectors() * kLanes;
     x_ = scratch.gathered.reserve(n_packed + n_rest_ * n_weights());
     rest_ = x_ + n_packed;
-    columns_ = reinterpret_cast<int32_t*>(scratch.lists.reserve(n_rows() + 1));
+    list_chunks();
     pack();
   }
 
@@ -42,6 +42,9 @@ class PackedInput {
   int n_pixels(int tile) const {
     return (tile + 1 == n_tiles() ? n_pixels() : first_pixel(tile + 1)) - first_pixel(tile);
   }
+  // Where the pixels of a tile belong in an output plane.
+  const Chunk* first_chunk(int tile) const { return chunks_ + first_chunk_[tile]; }
+  const Chunk* last_chunk(int tile) const { return chunks_ + first_chunk_[tile + 1]; }
   const float* weights_of(int filter) const { return conv_.weight + filter * n_weights(); }
 
   // The products of filters [n0, n1) of the call's list with one tile, kProductFloats apart; see TileInput::fetches.
@@ -64,6 +67,20 @@ class PackedInput {
   int64_t n_weights() const { return int64_t{conv_.n_channels} * taps_.n; }
   int n_vectors() const { return divide_up(n_pixels() - n_rest_, kLanes); }
   int tile_start(int tile) const { return part(n_vectors(), n_tiles(), tile); }
+
+  // Found once, because dividing by the width of a row takes as long as finishing a few pixels.
+  void list_chunks() {
+    const int n_chunks = most_chunks(conv_.out, n_tiles());
+    const size_t n_bytes = n_chunks * sizeof(Chunk) + (n_tiles() + 1 + n_rows()) * sizeof(int32_t);
+    chunks_ = reinterpret_cast<Chunk*>(scratch_.lists.reserve(divide_up(static_cast<int>(n_bytes), sizeof(float))));
+    first_chunk_ = reinterpret_cast<int32_t*>(chunks_ + n_chunks);
+    columns_ = first_chunk_ + n_tiles() + 1;
+    first_chunk_[0] = 0;
+    for (int tile = 0; tile < n_tiles(); ++tile) {
+      Chunk* to = chunks_ + first_chunk_[tile];
+      first_chunk_[tile + 1] = first_chunk_[tile] + find_chunks(conv_.out, first_pixel(tile), n_pixels(tile), to);
+    }
+  }
 
   void pack() const {
     if (n_rest_ > 0) memset(rest_, 0, n_rest_ * n_weights() * sizeof(float));
@@ -115,21 +132,24 @@ class PackedInput {
   int n_rest_ = 0;
   float* x_;          // (tiles, rows, vectors of the tile)
   float* rest_;       // (remaining pixels, weights of a filter), zero where a channel does not exist
-  int32_t* columns_;  // of each row, its place among the weights of a filter
+  Chunk* chunks_;
+  int32_t* first_chunk_;  // of each tile
+  int32_t* columns_;      // of each row, its place among the weights of a filter
 };
 
-// Products of pixels [first, first + n) to the plane of one filter.
-DECOUPLIFY_INLINE void finish_pixels(const float* products, int first, int n, const Geometry& g, const TileOutput& to,
+// Products of one tile to the plane of one filter.
+DECOUPLIFY_INLINE void finish_pixels(const float* products, const PackedInput& input, int tile, const TileOutput& to,
                                      const Activation& activation) {
   Vec total{};
+  const Chunk* end = input.last_chunk(tile);
   with_activation(activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
-    for_each_pixel(g, first, n, [&](int64_t at, int index, Lanes lanes) DECOUPLIFY_INLINE_LAMBDA {
-      Vec v = spread(products + index, lanes) + to.bias;
-      if (to.residual != nullptr) v += load(to.residual + at);
-      v = keep_lanes(activate(v), lanes);
+    for (const Chunk* c = input.first_chunk(tile); c != end; ++c) {
+      Vec v = spread(products + c->index, c->lanes) + to.bias;
+      if (to.residual != nullptr) v += load(to.residual + c->at);
+      v = keep_lanes(activate(v), c->lanes);
       total += v;
-      store_lanes(to.out + at, v, lanes);
-    });
+      store_lanes(to.out + c->at, v, c->lanes);
+    }
   });
   if (to.partial_sum != nullptr) store(to.partial_sum, load(to.partial_sum) + total);
 }
@@ -167,8 +187,7 @@ struct PackedJob {
     for (int i = n0; i < n1; ++i) {
       TileOutput to = output_of(conv, call, call.filters[i]);
       to.partial_sum = sums.of(thread, i);
-      finish_pixels(products + (i - n0) * kProductFloats, input.first_pixel(tile), input.n_pixels(tile), conv.out, to,
-                    conv.activation);
+      finish_pixels(products + (i - n0) * kProductFloats, input, tile, to, conv.activation);
     }
   }
 };

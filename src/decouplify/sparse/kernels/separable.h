@@ -75,13 +75,13 @@ class SeparableJob {
       const Rows rows = rows_of(i);
       most = rows.last - rows.first > most ? rows.last - rows.first : most;
     }
-    const int64_t plane = (int64_t{most} * out().row + (kTileVectors + 1) * kLanes + 15) / 16 * 16;
+    const int64_t plane = (int64_t{most} * out().row + (kTileVectors + 2) * kLanes + 15) / 16 * 16;
     return plane % 1024 == 0 ? plane + 16 : plane;
   }
 
   void run_band(const Rows& rows, float* memory, const Place* places, int64_t plane, bool is_first,
                 int thread) const {
-    float* origin = memory - int64_t{rows.first} * out().row;  // as if all rows were there
+    float* origin = memory - whole_lines(int64_t{rows.first} * out().row);  // as if all rows were there
     const int n_groups = expand_.n_groups(), n = layers_.inner.n_filters;
     for (int group = 0; group < n_groups; ++group) {
       expand_.run(rows, part(n, n_groups, group), part(n, n_groups, group + 1), thread, [&](int i) {
