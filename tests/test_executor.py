@@ -289,7 +289,7 @@ def test_measured_choices_are_kept_and_used_again(own_cache: Path, monkeypatch: 
     assert set(kept.values()) <= set(Algorithm.__members__)
     forced = dict.fromkeys(kept, "DIRECT")
     (own_cache / "algorithms.json").write_text(json.dumps(forced))
-    monkeypatch.setattr(tuning, "_fastest", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(tuning, "_measure", lambda *args: pytest.fail("measured again"))
     _, fast = sparse("Plain")
     assert {step.algorithm for step in fast.program_for(SIZE).steps} == {Algorithm.DIRECT}  # type: ignore[union-attr]
 

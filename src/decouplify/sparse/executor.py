@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections import Counter
@@ -117,21 +116,16 @@ class Program:
     def _schedule(self, is_alone: Callable[[Step], bool]) -> Schedule:
         return _with_last_reads(list(_stretches(self.draft, is_alone)), set(self._output.all_input_nodes))
 
-    @contextmanager
-    def prepared_for_timing(self, step: int) -> Iterator[functools.partial[native.Status]]:
-        """A function that runs one convolution with half of its filters, and of its channels if some may be missing."""
-        chosen, n_threads = self.steps[step], torch.get_num_threads()
-        assert chosen.input is not None
-        with self.workspace() as workspace:
-            exists = torch.ones(chosen.input.channels, dtype=torch.uint8)
-            exists[1::2] = not chosen.reads_part
-            workspace.set_live(self._placement.index[chosen.input], exists)
-            if chosen.gate >= 0:
-                z = torch.ones(self._plan.gate_sizes[chosen.gate])
-                z[1::2] = 0
-                workspace.set_gate(chosen.gate, z)
-            yield functools.partial(workspace.run, step, step + 1, native.slots_of([]), n_threads)
-            workspace.take_macs()
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(1, C, H, W)."""
+        return tuple(self._image.meta["val"].shape)
+
+    def gate_sizes(self) -> dict[str, int]:
+        """Filters of every gate that is decided, by the name of the node that decides it."""
+        decided = [(step.node, step.gate) for step in self.steps if step.kind is StepKind.CONTROL]
+        given = [(item.node, item.gate) for item in self.draft.items if isinstance(item, SetGate)]
+        return {node.name: self._plan.gate_sizes[gate] for node, gate in decided + given}
 
     def can_force(self, forced: Mapping[str, Tensor]) -> bool:
         """Whether these gates, by node name, leave all those open whose controllers do not run."""

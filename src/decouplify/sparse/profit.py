@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from decouplify.sparse import native
-from decouplify.sparse.executor import Program, Run, Stretch
+from decouplify.sparse.executor import Program
 from decouplify.sparse.native import StepKind
+from decouplify.sparse.timed import TimedRun
 
 __all__ = ["GateProfit", "measure_profits"]
 
@@ -72,30 +71,9 @@ def _times(program: Program, image_size: tuple[int, ...], gates: Mapping[str, Te
     rounds = []
     with program.workspace() as workspace:
         for _ in range(_N_ROUNDS):
-            run = _TimedRun(program, workspace, image, gates)
+            run = TimedRun(program, workspace, image, gates)
             run.result(program.schedule)
             rounds.append(run.times)
     return [
         (min(times), int(macs[0])) for times, macs in (zip(*steps, strict=True) for steps in zip(*rounds, strict=True))
     ]
-
-
-class _TimedRun(Run):
-    """Runs step by step; a controller runs, and then its gate is set to what is wanted."""
-
-    def __init__(
-        self, program: Program, workspace: native.Workspace, image: Tensor, gates: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__(program, workspace, image)
-        self.gates = gates
-        self.times: list[tuple[float, int]] = []
-
-    def run_steps(self, stretch: Stretch) -> None:
-        slots = self.slots(stretch)
-        for i in range(stretch.begin, stretch.end):
-            step = self.program.steps[i]
-            start = time.perf_counter()
-            self.workspace.run(i, i + 1, slots, self.n_threads)
-            self.times.append((time.perf_counter() - start, self.workspace.take_macs()))
-            if step.kind is StepKind.CONTROL and step.node.name in self.gates:
-                self.workspace.set_gate(step.gate, self.gates[step.node.name])

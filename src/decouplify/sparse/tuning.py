@@ -1,7 +1,8 @@
 """How each convolution of a program is computed: directly, packed or by Winograd, whichever is fastest on this CPU.
 
-The answer depends on caches and memory as much as on arithmetic, so it is measured, once per shape and CPU: each way
-computes the layer a few times with half of its filters and channels, and the results are kept in a file.
+The answer depends on caches and memory as much as on arithmetic, so it is measured, once per shape and CPU: the network
+runs a few times with every way, with two filters of three open in each gate, which leaves about half of the
+multiply-accumulates. Measured alone, a layer would find its weights in the cache. The results are kept in a file.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import json
 import os
 import platform
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from decouplify.sparse import native
 from decouplify.sparse.drafts import Step
 from decouplify.sparse.executor import Program
 from decouplify.sparse.native import Algorithm
+from decouplify.sparse.timed import TimedRun
 
 __all__ = ["cache_file", "choose_algorithms"]
 
@@ -28,9 +30,18 @@ __all__ = ["cache_file", "choose_algorithms"]
 CACHE_VARIABLE = "DECOUPLIFY_CACHE"
 
 #: Raised whenever kernels change so much that choices measured before may be wrong.
-_EDITION = 2
+_EDITION = 3
 _N_ROUNDS = 5
-_SECONDS_PER_WAY = 0.02
+_LARGEST_GROUP = 8 << 20  # bytes of weights that are there in Winograd's forms, too, which take several times as much
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A step whose algorithm is to be measured, for all steps of the same key."""
+
+    key: str
+    step: int
+    ways: tuple[Algorithm, ...]
 
 
 def choose_algorithms(program: Program, *, exact: bool) -> None:
@@ -40,17 +51,25 @@ def choose_algorithms(program: Program, *, exact: bool) -> None:
         program: What to tune; nothing else may run it meanwhile.
         exact: Whether Winograd, whose rounding differs, is forbidden.
     """
-    known = _read(cache_file())
-    measured: dict[str, str] = {}
+    known, unknown = _read(cache_file()), dict[str, _Candidate]()
+    keys = dict[int, str]()
     for i, step in enumerate(program.steps):
         ways = tuple(way for way in step.algorithms if not (exact and way.is_winograd))
         if len(ways) > 1:
-            key = f"{_key(step)} {'exact' if exact else 'fast'}"
+            keys[i] = key = f"{_key(step)} {'exact' if exact else 'fast'}"
             if known.get(key) not in {way.name for way in ways}:  # a file may hold anything
-                known[key] = measured[key] = _fastest(program, i, ways).name
-            program.set_algorithm(i, Algorithm[known[key]])
+                unknown.setdefault(key, _Candidate(key, i, ways))
+    _set(program, {i: known[key] for i, key in keys.items() if key not in unknown})
+    measured = _measured(program, list(unknown.values())) if unknown else {}
+    known |= measured
+    _set(program, {i: known[key] for i, key in keys.items() if key in unknown})
     if measured:
         _write(cache_file(), measured)
+
+
+def _set(program: Program, names: Mapping[int, str]) -> None:
+    for i, name in names.items():
+        program.set_algorithm(i, Algorithm[name])
 
 
 def _key(step: Step) -> str:
@@ -61,48 +80,64 @@ def _key(step: Step) -> str:
     kernel, stride, padding, dilation, size = (f"{a}x{b}" for a, b in pairs)
     channels = f"{step.input.channels}->{step.output.channels} in {step.groups}"
     layer = f"{channels} {kernel}/{stride}+{padding}:{dilation} at {size}"
-    halves = f"{'half' if step.reads_part else 'all'}->{'half' if step.gate >= 0 else 'all'}"
+    parts = f"{'part' if step.reads_part else 'all'}->{'part' if step.gate >= 0 else 'all'}"
     kernels = f"{native.instruction_set()} {_EDITION}"
-    return f"{_cpu()} {kernels} {torch.get_num_threads()} threads: {layer} {halves}"
+    return f"{_cpu()} {kernels} {torch.get_num_threads()} threads: {layer} {parts}"
 
 
 @functools.cache
 def _cpu() -> str:
-    """The CPU's name; two machines of one name share their choices."""
+    """The CPU's name, family and model; some virtual machines give the same name to all families."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     identity = [
-        line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "model\t", "CPU part"))
+        line.partition(":")[2].strip()
+        for line in lines
+        if line.startswith(("model name", "cpu family", "model\t", "CPU part"))
     ]
     return " ".join(dict.fromkeys(identity)) or platform.machine()
 
 
-def _fastest(program: Program, i: int, ways: tuple[Algorithm, ...]) -> Algorithm:
-    """The fastest of some ways for one step, by the minimum over a few rounds in which the ways take turns."""
-    best = dict.fromkeys(ways, float("inf"))
-    kept = [program.weights_for(i, algorithm) for algorithm in ways]  # else each round would make them again
-    with program.prepared_for_timing(i) as run:
-        for _ in range(_N_ROUNDS):
-            for algorithm in ways:
-                program.set_algorithm(i, algorithm)
-                best[algorithm] = min(best[algorithm], _time(run))
+def _measured(program: Program, candidates: list[_Candidate]) -> dict[str, str]:
+    """The name of the fastest way by key."""
+    return {key: name for group in _groups(program, candidates) for key, name in _measure(program, group).items()}
+
+
+def _groups(program: Program, candidates: list[_Candidate]) -> Iterator[list[_Candidate]]:
+    """Candidates to be measured in the same runs: as many as memory for their transformed weights is to spare for."""
+    group, n_bytes = list[_Candidate](), 0
+    for candidate in candidates:
+        is_winograd = any(way.is_winograd for way in candidate.ways)
+        needed = program.steps[candidate.step].weights["weight"].nbytes if is_winograd else 0
+        if group and n_bytes + needed > _LARGEST_GROUP:
+            yield group
+            group, n_bytes = [], 0
+        group.append(candidate)
+        n_bytes += needed
+    yield group
+
+
+@torch.no_grad()
+def _measure(program: Program, group: list[_Candidate]) -> dict[str, str]:
+    """The same for candidates that are measured together: by the shortest time over a few rounds."""
+    # Else each round would make them again.
+    kept = [program.weights_for(candidate.step, way) for candidate in group for way in candidate.ways]
+    best = {candidate.key: dict.fromkeys(candidate.ways, float("inf")) for candidate in group}
+    image = torch.randn(program.image_shape, generator=torch.Generator().manual_seed(0))
+    gates = {name: (torch.arange(n) % 3 != 2).float() for name, n in program.gate_sizes().items()}
+    with program.workspace() as workspace:
+        for turn in range(_N_ROUNDS * max(len(candidate.ways) for candidate in group)):
+            chosen = {candidate: candidate.ways[turn % len(candidate.ways)] for candidate in group}
+            _set(program, {candidate.step: way.name for candidate, way in chosen.items()})
+            run = TimedRun(program, workspace, image, gates)
+            run.result(program.schedule)
+            for candidate, way in chosen.items():
+                seconds, _ = run.times[candidate.step]
+                best[candidate.key][way] = min(best[candidate.key][way], seconds)
     del kept
-    return min(best, key=lambda algorithm: best[algorithm])
-
-
-def _time(run: Callable[[], object]) -> float:
-    """Seconds of one run, the shortest of as many as fit a short while (at least two: the first warms the caches)."""
-    run()
-    shortest, end = float("inf"), time.perf_counter() + _SECONDS_PER_WAY / _N_ROUNDS
-    while True:
-        start = time.perf_counter()
-        run()
-        now = time.perf_counter()
-        shortest = min(shortest, now - start)
-        if now >= end:
-            return shortest
+    return {key: min(times, key=times.__getitem__).name for key, times in best.items()}
 
 
 def cache_file() -> Path | None:

@@ -48,6 +48,12 @@ DECOUPLIFY_INLINE TileOutput output_of(const Convolution& conv, const Convolutio
   return {nullptr, nullptr, call.out + plane, adds ? call.residual + plane : nullptr, nullptr, conv.bias[filter]};
 }
 
+// Filters that a tile computes together, as it needs them at vector 0 of their planes.
+struct FilterGroup {
+  int n;
+  TileOutput to[kTileFilters];
+};
+
 // The filters [first, first + n) of the call's list, which read the same channels.
 struct DirectJob {
   const Convolution& conv;
@@ -56,6 +62,7 @@ struct DirectJob {
   TileInput input;
   int first, n;
   int v_first, v_end;  // the vectors of the output to compute
+  Scratch& scratch;
 
   int64_t weights_per_filter() const {
     return int64_t{conv.n_channels} / conv.groups * conv.kernel[0] * conv.kernel[1];
@@ -70,41 +77,63 @@ struct DirectJob {
     return n_input * sizeof(float) < (600 << 10) && n_weights * sizeof(float) > (256 << 10);
   }
 
-  // fetches: whether weights are met for the first time
-  void run(int tile, int group, bool fetches, int thread) const {
-    const int v0 = tile_start(tile), v1 = tile_start(tile + 1);
+  FilterGroup group_at(int group, int thread) const {
     const int n0 = part(n, n_filter_groups(), group), n1 = part(n, n_filter_groups(), group + 1);
-    TileOutput to[kTileFilters];
+    const auto weight_of = [&](int i) { return conv.weight + call.filters[first + i] * weights_per_filter(); };
+    FilterGroup found;
+    found.n = n1 - n0;
     for (int i = n0; i < n1; ++i) {
-      const int filter = call.filters[first + i];
-      TileOutput& o = to[i - n0] = output_of(conv, call, filter);
-      o.weight = conv.weight + filter * weights_per_filter();
+      TileOutput& to = found.to[i - n0] = output_of(conv, call, call.filters[first + i]);
       const int next = i + n1 - n0;
-      o.next_weight = conv.weight + call.filters[first + (next < n ? next : i)] * weights_per_filter();
-      o.out += v0 * kLanes;
-      if (o.residual != nullptr) o.residual += v0 * kLanes;
-      o.partial_sum = sums.of(thread, first + i);
+      to.weight = weight_of(i);
+      to.next_weight = weight_of(next < n ? next : i);
+      to.partial_sum = sums.of(thread, first + i);
+    }
+    return found;
+  }
+
+  // Group `index` on vectors [v0, v1). fetches: whether weights are met for the first time.
+  void run(const FilterGroup& group, int index, int v0, int v1, bool fetches) const {
+    TileOutput to[kTileFilters];
+    for (int i = 0; i < group.n; ++i) {
+      to[i] = group.to[i];
+      to[i].out += v0 * kLanes;
+      if (to[i].residual != nullptr) to[i].residual += v0 * kLanes;
     }
     TileInput in = input;
     in.x += v0 * kLanes;
     in.fetches = fetches;
-    if (fetches) in.ahead = stream_of(call.ahead, group, n_filter_groups(), in.n_channels);
-    if (in.n_taps > 1) fetch_part(call.ahead, tile * n_filter_groups() + group, n_tiles() * n_filter_groups());
-    tile_for(in, n1 - n0, v1 - v0)(in, to, conv.out.mask + v0 * kLanes, conv.activation);
+    if (fetches) {
+      in.ahead = stream_of(call.ahead, index, n_filter_groups(), in.n_channels);
+      if (in.n_taps > 1) fetch_part(call.ahead, index, n_filter_groups());
+    }
+    tile_for(in, group.n, v1 - v0)(in, to, conv.out.mask + v0 * kLanes, conv.activation);
+  }
+
+  void run_filters_first() const {
+    parallel(call.n_threads, n_filter_groups(), [&](int begin, int end, int thread) {
+      for (int g = begin; g < end; ++g) {
+        const FilterGroup group = group_at(g, thread);
+        for (int tile = 0; tile < n_tiles(); ++tile) run(group, g, tile_start(tile), tile_start(tile + 1), tile == 0);
+      }
+    });
+  }
+
+  // Tiles [begin, end), each with all filters.
+  void run_tiles(int begin, int end, bool fetches, int thread) const {
+    const size_t n_bytes = n_filter_groups() * sizeof(FilterGroup);
+    auto* groups = reinterpret_cast<FilterGroup*>(scratch.filter_groups[thread].reserve(n_bytes / sizeof(float)));
+    for (int g = 0; g < n_filter_groups(); ++g) groups[g] = group_at(g, thread);
+    for (int tile = begin; tile < end; ++tile) {
+      const int v0 = tile_start(tile), v1 = tile_start(tile + 1);
+      for (int g = 0; g < n_filter_groups(); ++g) run(groups[g], g, v0, v1, fetches && tile == begin);
+    }
   }
 
   void run_all() const {
     if (n == 0) return;
-    const int n_groups = n_filter_groups();
-    const bool filters_outside = filters_first() || n_tiles() < 2 * call.n_threads;
-    const int n_outer = filters_outside ? n_groups : n_tiles(), n_inner = filters_outside ? n_tiles() : n_groups;
-    parallel(call.n_threads, n_outer, [&](int begin, int end, int thread) {
-      for (int i = begin; i < end; ++i) {
-        for (int j = 0; j < n_inner; ++j) {
-          filters_outside ? run(j, i, j == 0, thread) : run(i, j, i == begin, thread);
-        }
-      }
-    });
+    if (filters_first() || n_tiles() < 2 * call.n_threads) return run_filters_first();
+    parallel(call.n_threads, n_tiles(), [&](int begin, int end, int thread) { run_tiles(begin, end, true, thread); });
   }
 };
 
@@ -161,7 +190,7 @@ static void convolve_direct(const Convolution& conv, const ConvolutionCall& call
     TileInput of_group = input;
     of_group.place += c;
     of_group.n_channels = c1 - c;
-    DirectJob{conv, call, sums, of_group, f, f1 - f, 0, n_vectors(conv.out)}.run_all();
+    DirectJob{conv, call, sums, of_group, f, f1 - f, 0, n_vectors(conv.out), scratch}.run_all();
     c = c1;
     f = f1;
   }

@@ -114,19 +114,21 @@ struct ExpandJob {
     const int64_t start = whole_lines(int64_t{band.first_pixel_row()} * window.in.row);
     const int64_t n = int64_t{band.last_pixel_row()} * window.in.row - start;
     const int n_tile = divide_up(static_cast<int>(n), kLanes);
+    TileOutput to[kTileFilters] = {};
+    for (int i = n0; i < n1; ++i) {
+      const int filter = call.filters[i];
+      TileOutput& o = to[i - n0];
+      o.weight = o.next_weight = expand.weight + int64_t{filter} * expand.n_channels * input.n_taps;
+      o.out = band.origin(i - n0) + start;
+      o.bias = expand.bias[filter];
+    }
+    TileInput in = input;
+    in.x += start;
+    const int32_t* mask = window.in.mask + start;
     for (int v = 0; v < n_tile; v += kTileVectors) {
-      const int64_t at = start + int64_t{v} * kLanes;
-      TileOutput to[kTileFilters] = {};
-      for (int i = n0; i < n1; ++i) {
-        const int filter = call.filters[i];
-        TileOutput& o = to[i - n0];
-        o.weight = o.next_weight = expand.weight + int64_t{filter} * expand.n_channels * input.n_taps;
-        o.out = band.origin(i - n0) + at;
-        o.bias = expand.bias[filter];
-      }
-      TileInput in = input;
-      in.x += at;
-      tile_for(in, n1 - n0, smaller(kTileVectors, n_tile - v))(in, to, window.in.mask + at, expand.activation);
+      tile_for(in, n1 - n0, smaller(kTileVectors, n_tile - v))(in, to, mask, expand.activation);
+      in.x += kTileVectors * kLanes, mask += kTileVectors * kLanes;
+      for (int i = 0; i < n1 - n0; ++i) to[i].out += kTileVectors * kLanes;
     }
   }
 

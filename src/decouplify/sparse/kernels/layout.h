@@ -54,7 +54,7 @@ void release(float* data);
 // What one run may write to besides its values: private buffers per thread, and some that all threads share.
 struct Scratch {
   static constexpr int kMaxThreads = 64;
-  Buffer transformed[kMaxThreads], products[kMaxThreads], window[kMaxThreads];
+  Buffer transformed[kMaxThreads], products[kMaxThreads], window[kMaxThreads], filter_groups[kMaxThreads];
   Buffer gathered, partial_sums, lists, inner_lists;
 };
 
