@@ -15,6 +15,7 @@ struct Factors {
   const int32_t* columns;            // of each channel, its place in a filter's weights
   const float* const* weights;       // per filter
   const float* const* next_weights;  // kTurns rows of the filters that come next, or null
+  int n_channels;
 };
 
 // acc[filter][vector] += the products of channels up to `end`.
@@ -25,13 +26,13 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, int end, TileProgres
   for (int n = 0; n < NB; ++n) weight[n] = factors.weights[n];
   const float* x = factors.x + int64_t{progress.channel} * NV * kLanes;
   const int32_t* columns = factors.columns + progress.channel;
-  const float* next_weights[FETCH ? kTurns : 1];
-  if (FETCH) memcpy(next_weights, factors.next_weights, sizeof(next_weights));
+  NextRows next_rows(NB, factors.n_channels, factors.columns[factors.n_channels - 1] + 1);
+  if (FETCH) memcpy(next_rows.row, factors.next_weights, sizeof(next_rows.row));
   Stream ahead = progress.ahead;
   for (int c = progress.channel; c < end; ++c, ++columns, x += NV * kLanes) {
     const int64_t column = *columns;
     if (FETCH) {
-      __builtin_prefetch(next_weights[c % kTurns] + column, 0, 2);
+      next_rows.fetch(c);
       ahead.fetch();
     }
     Vec value[NV];
@@ -68,7 +69,7 @@ __attribute__((noinline)) static void add_part_of_products(const Factors& factor
 template <int NB, int NV, bool FETCH, bool SPLIT>
 static void multiply(const float* x, const int32_t* columns, int n_channels, const float* const* weights,
                      const float* const* next_weights, Stream ahead, float* products, int64_t stride) {
-  const Factors factors{x, columns, weights, next_weights};
+  const Factors factors{x, columns, weights, next_weights, n_channels};
   TileProgress progress{0, ahead};
   const int n_at_once = SPLIT ? kLongestSum : n_channels;
   Vec acc[NB][NV] = {};

@@ -150,9 +150,22 @@ struct TileProgress {
   Stream ahead;
 };
 
-// Rows of weights that are fetched in turn: sixteen channels share a line, so each row need not be fetched for each. A
-// power of two, for inner loops have no register to spare for the number of filters.
+// Rows of weights that are fetched while a tile is computed, a little with every channel: line after line and row after
+// row, for the hardware runs ahead of whoever reads in order.
 constexpr int kTurns = 8;
+struct NextRows {
+  const float* row[kTurns];
+  uint32_t per_channel;  // rows, times 2^16
+  uint32_t length;       // floats of a row
+
+  NextRows(int n_rows, int n_channels, int64_t length)
+      : per_channel((uint32_t(n_rows) << 16) / (n_channels > 0 ? n_channels : 1)), length(length) {}
+
+  void DECOUPLIFY_INLINE_MEMBER fetch(int channel) const {
+    const uint32_t at = channel * per_channel;
+    __builtin_prefetch(row[at >> 16] + ((at & 0xffff) * length >> 16), 0, 2);
+  }
+};
 
 // acc[filter][vector] += the products of channels up to `end`. FETCH: see TileInput::fetches; it takes time, which only
 // weights that are not in the cache are worth.
@@ -162,10 +175,10 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   const float* weight[NB];
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) weight[n] = to[n].weight;
-  const float* next_weight[FETCH ? kTurns : 1];
+  NextRows next_rows(NB, in.n_channels, in.place[in.n_channels - 1].column + 1);
   if (FETCH) {
 #pragma GCC unroll 8
-    for (int n = 0; n < kTurns; ++n) next_weight[n] = to[n % NB].next_weight;
+    for (int n = 0; n < NB; ++n) next_rows.row[n] = to[n].next_weight;
   }
   const int n_taps = TAPS > 0 ? TAPS : in.n_taps;
   const float* first = in.x;
@@ -181,7 +194,7 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
       for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + next);
     }
     if (FETCH) {
-      __builtin_prefetch(next_weight[c % kTurns] + column, 0, 2);
+      next_rows.fetch(c);
       ahead.fetch();
     }
 #pragma GCC unroll 9
