@@ -137,7 +137,9 @@ struct ExpandJob {
     alignas(64) float products[kMostFilters * kProductFloats];
     memset(band.memory(), 0, Band::filter_floats(window.in, band.last() - band.first()) * (n1 - n0) * sizeof(float));
     for (int tile = 0; tile < packed->n_tiles(); ++tile) {
-      packed->multiply(tile, n0, n1, tile == 0, nothing_ahead(call.in), products);
+      const float* outputs[kMostFilters];
+      for (int i = 0; i < n1 - n0; ++i) outputs[i] = products;  // which are in the cache
+      packed->multiply(tile, n0, n1, tile == 0, nothing_ahead(call.in), outputs, 0, products);
       for (int i = n0; i < n1; ++i) {
         TileOutput to{};
         to.out = band.origin(i - n0);

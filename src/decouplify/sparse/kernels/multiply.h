@@ -14,25 +14,38 @@ struct Factors {
   const float* x;                    // (channels, vectors)
   const int32_t* columns;            // of each channel, its place in a filter's weights
   const float* const* weights;       // per filter
-  const float* const* next_weights;  // kTurns rows of the filters that come next, or null
   int n_channels;
 };
 
+// What is fetched meanwhile.
+struct Meanwhile {
+  const float* const* next_weights;  // rows of the filters that come next, as many as there are filters
+  Stream stream;
+  const float* const* outputs = nullptr;  // packed convolutions: per filter, where its sums will go
+  int64_t n_outputs = 0;                  // floats of each
+};
+
 // acc[filter][vector] += the products of channels up to `end`.
-template <int NB, int NV, bool FETCH>
-DECOUPLIFY_INLINE void add_products(const Factors& factors, int end, TileProgress& progress, Vec (&acc)[NB][NV]) {
+template <int NB, int NV, bool FETCH, bool OUTPUTS>
+DECOUPLIFY_INLINE void add_products(const Factors& factors, const Meanwhile& meanwhile, int end, TileProgress& progress,
+                                    Vec (&acc)[NB][NV]) {
   const float* weight[NB];
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) weight[n] = factors.weights[n];
   const float* x = factors.x + int64_t{progress.channel} * NV * kLanes;
   const int32_t* columns = factors.columns + progress.channel;
-  NextRows next_rows(NB, factors.n_channels, factors.columns[factors.n_channels - 1] + 1);
-  if (FETCH) memcpy(next_rows.row, factors.next_weights, sizeof(next_rows.row));
+  RowsAhead<false> next_rows(NB, factors.n_channels, factors.columns[factors.n_channels - 1] + 1);
+  RowsAhead<true> outputs(NB, factors.n_channels, meanwhile.n_outputs);
+  if (FETCH) {
+    memcpy(next_rows.row, meanwhile.next_weights, NB * sizeof(float*));
+    if (OUTPUTS) memcpy(outputs.row, meanwhile.outputs, NB * sizeof(float*));
+  }
   Stream ahead = progress.ahead;
   for (int c = progress.channel; c < end; ++c, ++columns, x += NV * kLanes) {
     const int64_t column = *columns;
     if (FETCH) {
       next_rows.fetch(c);
+      if (OUTPUTS) outputs.fetch(c);
       ahead.fetch();
     }
     Vec value[NV];
@@ -50,10 +63,10 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, int end, TileProgres
 
 // The same for a part of a long sum, added to `products`; see add_part.
 template <int NB, int NV, bool FETCH>
-__attribute__((noinline)) static void add_part_of_products(const Factors& factors, int end, TileProgress& progress,
-                                                           float* products, int64_t stride) {
+__attribute__((noinline)) static void add_part_of_products(const Factors& factors, const Meanwhile& meanwhile, int end,
+                                                           TileProgress& progress, float* products, int64_t stride) {
   Vec acc[NB][NV] = {};
-  add_products<NB, NV, FETCH>(factors, end, progress, acc);
+  add_products<NB, NV, FETCH, true>(factors, meanwhile, end, progress, acc);
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) {
 #pragma GCC unroll 8
@@ -64,16 +77,15 @@ __attribute__((noinline)) static void add_part_of_products(const Factors& factor
   }
 }
 
-// products[filter][vector] = sum over channels of weight[filter][column[c]] * x[c][vector]. FETCH: whether the rows of
-// next_weights, and what the stream brings, are fetched meanwhile. SPLIT: whether long sums are sums of sums.
+// products[filter][vector] = sum over channels of weight[filter][column[c]] * x[c][vector]. FETCH: whether anything is
+// fetched meanwhile. SPLIT: whether long sums are sums of sums, as in packed convolutions.
 template <int NB, int NV, bool FETCH, bool SPLIT>
-static void multiply(const float* x, const int32_t* columns, int n_channels, const float* const* weights,
-                     const float* const* next_weights, Stream ahead, float* products, int64_t stride) {
-  const Factors factors{x, columns, weights, next_weights, n_channels};
-  TileProgress progress{0, ahead};
+static void multiply(const Factors& factors, const Meanwhile& meanwhile, float* products, int64_t stride) {
+  const int n_channels = factors.n_channels;
+  TileProgress progress{0, meanwhile.stream};
   const int n_at_once = SPLIT ? kLongestSum : n_channels;
   Vec acc[NB][NV] = {};
-  add_products<NB, NV, FETCH>(factors, smaller(n_channels, n_at_once), progress, acc);
+  add_products<NB, NV, FETCH, SPLIT>(factors, meanwhile, smaller(n_channels, n_at_once), progress, acc);
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) {
 #pragma GCC unroll 8
@@ -81,12 +93,11 @@ static void multiply(const float* x, const int32_t* columns, int n_channels, con
   }
   while (SPLIT && progress.channel < n_channels) {
     const int end = smaller(n_channels, progress.channel + n_at_once);
-    add_part_of_products<NB, NV, FETCH>(factors, end, progress, products, stride);
+    add_part_of_products<NB, NV, FETCH>(factors, meanwhile, end, progress, products, stride);
   }
 }
 
-using MultiplyFunction = void (*)(const float*, const int32_t*, int, const float* const*, const float* const*, Stream,
-                                  float*, int64_t);
+using MultiplyFunction = void (*)(const Factors&, const Meanwhile&, float*, int64_t);
 
 template <bool FETCH, bool SPLIT, int NB, int... V>
 static MultiplyFunction multiply_for(int n_vectors, std::integer_sequence<int, V...>) {

@@ -47,18 +47,20 @@ class PackedInput {
   const Chunk* last_chunk(int tile) const { return chunks_ + first_chunk_[tile + 1]; }
   const float* weights_of(int filter) const { return conv_.weight + filter * n_weights(); }
 
-  // The products of filters [n0, n1) of the call's list with one tile, kProductFloats apart; see TileInput::fetches.
-  void multiply(int tile, int n0, int n1, bool fetches, Stream ahead, float* products) const {
-    const float *weights[kMostFilters], *next_weights[kTurns];
-    for (int i = n0; i < n1; ++i) weights[i - n0] = weights_of(call_.filters[i]);
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const int i = n0 + turn % (n1 - n0), next = i + n1 - n0;
-      next_weights[turn] = weights_of(call_.filters[next < call_.n_filters ? next : i]);
+  // The products of filters [n0, n1) of the call's list with one tile, kProductFloats apart. fetches: whether their
+  // weights are met for the first time; then those of the next filters, the outputs and the stream are fetched meanwhile.
+  void multiply(int tile, int n0, int n1, bool fetches, Stream ahead, const float* const* outputs, int64_t n_outputs,
+                float* products) const {
+    const float *weights[kMostFilters], *next_weights[kMostFilters];
+    for (int i = n0; i < n1; ++i) {
+      const int next = i + n1 - n0;
+      weights[i - n0] = weights_of(call_.filters[i]);
+      next_weights[i - n0] = weights_of(call_.filters[next < call_.n_filters ? next : i]);
     }
     const int v0 = tile_start(tile), n = tile_start(tile + 1) - v0;
     const float* inputs = x_ + int64_t{v0} * n_rows() * kLanes;
     const MultiplyFunction run = fetches ? multiply_for<true, true>(n1 - n0, n) : multiply_for<false, true>(n1 - n0, n);
-    run(inputs, columns_, n_rows(), weights, next_weights, ahead, products, kProductFloats);
+    run({inputs, columns_, weights, n_rows()}, {next_weights, ahead, outputs, n_outputs}, products, kProductFloats);
     if (n_rest_ == 0 || tile + 1 < n_tiles()) return;
     for (int i = 0; i < n1 - n0; ++i) add_rest(weights[i], products + i * kProductFloats + n * kLanes);
   }
@@ -179,11 +181,14 @@ struct PackedJob {
 
   void run_group(int tile, int n0, int n1, bool fetches, Stream ahead, int thread) const {
     alignas(64) float products[kMostFilters * kProductFloats];
-    for (int i = n0; i < n1; ++i) {
-      float* to = output_of(conv, call, call.filters[i]).out;
-      fetch_to_write(to + input.first_pixel(tile) / conv.out.width * conv.out.row, input.n_pixels(tile));
-    }
-    input.multiply(tile, n0, n1, fetches, ahead, products);
+    const int64_t first = input.first_pixel(tile) / conv.out.width * conv.out.row;
+    const int64_t n_outputs = input.last_chunk(tile)[-1].at + kLanes - first;
+    const float* outputs[kMostFilters];
+    for (int i = n0; i < n1; ++i) outputs[i - n0] = output_of(conv, call, call.filters[i]).out + first;
+    // Where there are more lines than channels, or nothing is fetched by and by, all at once.
+    const bool by_and_by = fetches && n_outputs * (n1 - n0) <= int64_t{input.n_rows()} * kFloatsPerLine;
+    for (int i = 0; i < n1 - n0 && !by_and_by; ++i) fetch_to_write(outputs[i], n_outputs);
+    input.multiply(tile, n0, n1, fetches, ahead, outputs, by_and_by ? n_outputs : 0, products);
     for (int i = n0; i < n1; ++i) {
       TileOutput to = output_of(conv, call, call.filters[i]);
       to.partial_sum = sums.of(thread, i);

@@ -95,8 +95,9 @@ DECOUPLIFY_INLINE void fetch_part(const Ahead& ahead, int i, int n) {
 }
 
 // Outputs are rarely in the cache; a store waits for its line, unless that was asked for long before.
-DECOUPLIFY_INLINE void fetch_to_write(float* first, int64_t n_floats) {
-  for (int64_t i = 0; i < n_floats; i += 16) __builtin_prefetch(first + i, 1);
+constexpr int kFloatsPerLine = 16;
+DECOUPLIFY_INLINE void fetch_to_write(const float* first, int64_t n_floats) {
+  for (int64_t i = 0; i < n_floats; i += kFloatsPerLine) __builtin_prefetch(first + i, 1);
 }
 
 // Where the inputs of a channel are, and where its weights start in a filter's row.
@@ -150,20 +151,22 @@ struct TileProgress {
   Stream ahead;
 };
 
-// Rows of weights that are fetched while a tile is computed, a little with every channel: line after line and row after
+// Rows of memory that are fetched while a tile is computed, a little with every channel: line after line and row after
 // row, for the hardware runs ahead of whoever reads in order.
 constexpr int kTurns = 8;
-struct NextRows {
+template <bool TO_WRITE>
+struct RowsAhead {
   const float* row[kTurns];
   uint32_t per_channel;  // rows, times 2^16
   uint32_t length;       // floats of a row
 
-  NextRows(int n_rows, int n_channels, int64_t length)
+  RowsAhead(int n_rows, int n_channels, int64_t length)
       : per_channel((uint32_t(n_rows) << 16) / (n_channels > 0 ? n_channels : 1)), length(length) {}
 
   void DECOUPLIFY_INLINE_MEMBER fetch(int channel) const {
     const uint32_t at = channel * per_channel;
-    __builtin_prefetch(row[at >> 16] + ((at & 0xffff) * length >> 16), 0, 2);
+    const float* next = row[at >> 16] + ((at & 0xffff) * length >> 16);
+    TO_WRITE ? __builtin_prefetch(next, 1) : __builtin_prefetch(next, 0, 2);
   }
 };
 
@@ -175,7 +178,7 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   const float* weight[NB];
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) weight[n] = to[n].weight;
-  NextRows next_rows(NB, in.n_channels, in.place[in.n_channels - 1].column + 1);
+  RowsAhead<false> next_rows(NB, in.n_channels, in.place[in.n_channels - 1].column + 1);
   if (FETCH) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) next_rows.row[n] = to[n].next_weight;

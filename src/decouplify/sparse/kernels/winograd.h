@@ -240,7 +240,7 @@ struct Winograd {
       const MultiplyFunction run =
           fetches ? multiply_for<true, false>(g1 - g0, block.n) : multiply_for<false, false>(g1 - g0, block.n);
       const float* inputs = block.transformed + e * block.point;
-      run(inputs, sources.column, sources.n, weights, next_weights, nothing_ahead(inputs),
+      run({inputs, sources.column, weights, sources.n}, {next_weights, nothing_ahead(inputs)},
           products + g0 * filter + e * point, filter);
     }
     for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);
