@@ -7,7 +7,7 @@ import math
 from collections import Counter
 
 from decouplify.sparse.drafts import Draft, Sliding, Step
-from decouplify.sparse.native import StepKind, WindowKind
+from decouplify.sparse.native import Algorithm, StepKind, WindowKind
 
 __all__ = ["join_bands"]
 
@@ -16,7 +16,9 @@ SMALLEST_MAP = 1 << 18
 
 
 def join_bands(draft: Draft) -> None:
-    """Mark inverted residual blocks, and the separable convolution a network begins with, where maps are large.
+    """Mark inverted residual blocks, and what a network begins with, where maps are large.
+
+    The beginning is a separable convolution, or a convolution of stride 2 and a pooling.
 
     What such steps leave for each other is read by nobody else and its sums are not asked for; see ``joined`` in
     engine.h.
@@ -42,11 +44,18 @@ def _chain(steps: list[Step]) -> list[Step]:
     kinds = [step.kind for step in steps]
     if kinds[:2] == [StepKind.EXPAND, StepKind.CONVOLUTION] and _is_pointwise(steps[1]):
         return steps[:2]
+    if kinds[:2] == [StepKind.CONVOLUTION, StepKind.WINDOW] and _is_pooled_stem(*steps[:2]):
+        return steps[:2]
     if kinds != [StepKind.CONVOLUTION, StepKind.WINDOW, StepKind.CONVOLUTION] or not _is_pointwise(steps[2]):
         return []
     first, middle, _ = steps
     is_plain = first.groups == 1 and first.other is None and middle.window is WindowKind.DEPTHWISE
     return steps if is_plain and first.gate == middle.gate else []
+
+
+def _is_pooled_stem(first: Step, second: Step) -> bool:
+    can_be_strided = Algorithm.WINOGRAD_STRIDED in first.algorithms
+    return can_be_strided and first.other is None and second.window is WindowKind.MAX
 
 
 def _is_pointwise(step: Step) -> bool:

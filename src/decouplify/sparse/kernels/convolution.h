@@ -88,6 +88,8 @@ struct Kernels {
   void (*expand_and_slide)(const Convolution& expand, const Window&, const ConvolutionCall&, Scratch&);
   // All three a band of rows at a time, if that is possible; otherwise nothing is done.
   bool (*separate)(const Separable&, Scratch&);
+  // A convolution and the pooling that alone reads it, in bands as well. The channels pooled are the filters open.
+  bool (*convolve_and_pool)(const Convolution&, const ConvolutionCall&, const Window&, const WindowCall&, Scratch&);
   // Weights (filters, channels, kernel, kernel) for an algorithm: (filters, points, channels), for kWinogradStrided
   // (filters, points, channels, 4). Does nothing for algorithms that need none.
   void (*transform)(Algorithm, const float* weight, int n_filters, int n_channels, int kernel, int padding, float* to);

@@ -172,9 +172,28 @@ class Run {
   }
 
   // A step and those joined to it at once; false, and nothing is done, if they have to be taken one by one.
+  bool join(int32_t index) const {
+    const decouplify_step& first = plan_.steps[index];
+    if (has_constants(first.input)) return false;
+    return first.kind == kConvolution && first.joined == 1 ? pool(index) : separate(index);
+  }
+
+ private:
+  bool pool(int32_t index) const {
+    const decouplify_step &first = plan_.steps[index], &last = plan_.steps[index + 1];
+    const decouplify::Convolution conv = convolution_of(first);
+    const decouplify::Window window = window_of(last, nullptr);
+    const decouplify::ConvolutionCall call = call_of(first, plan_.ahead[index + 1]);
+    const decouplify::WindowCall pooled{nullptr, data(last.output), call.filters, call.n_filters, nullptr,
+                                        sums(last.output), n_threads_};
+    if (!kernels_.convolve_and_pool(conv, call, window, pooled, workspace_.scratch)) return false;
+    finish_convolution(first, conv);
+    finish_window(last, window);
+    return true;
+  }
+
   bool separate(int32_t index) const {
     const decouplify_step &first = plan_.steps[index], &last = plan_.steps[index + first.joined];
-    if (has_constants(first.input)) return false;
     const bool is_one = first.kind == kExpand;
     const decouplify_step& middle = is_one ? first : plan_.steps[index + 1];
     const decouplify::Convolution expand = is_one ? expansion_of(first) : convolution_of(first);
@@ -192,7 +211,6 @@ class Run {
     return true;
   }
 
- private:
   float* data(int32_t value) const {
     const decouplify_value& v = plan_.values[value];
     if (plan_.is_vector(value)) return workspace_.arenas.back().get() + v.first;
@@ -666,7 +684,7 @@ int32_t decouplify_run(const decouplify_plan* plan, decouplify_workspace* worksp
   Run run(*plan, *workspace, slots, n_threads);
   for (int32_t i = begin; i < end; ++i) {
     const int32_t n_joined = plan->steps[i].joined;
-    if (n_joined > 0 && i + n_joined < end && run.separate(i)) {
+    if (n_joined > 0 && i + n_joined < end && run.join(i)) {
       i += n_joined;
       continue;
     }

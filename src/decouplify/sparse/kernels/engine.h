@@ -57,7 +57,8 @@ struct decouplify_step {
   int32_t leaves_constants;
   // How many steps after this one may be computed with it, a band of rows at a time, because each of them alone reads
   // what the one before it writes: a depthwise kWindow and a 1x1 kConvolution after a kConvolution without `other` that
-  // has the gate of the kWindow, or a 1x1 kConvolution after a kExpand. What lies in between is then not written.
+  // has the gate of the kWindow; a 1x1 kConvolution after a kExpand; or a kWindow that takes maxima after a kConvolution
+  // without `other`. What lies in between is then not written.
   int32_t joined;
   int32_t kernel[2], stride[2], padding[2], dilation[2];
   decouplify::Activation activation;

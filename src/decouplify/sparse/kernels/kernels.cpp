@@ -5,9 +5,8 @@
 #include "linear.h"
 #include "norm.h"
 #include "packed.h"
+#include "pooled.h"
 #include "separable.h"
-#include "window.h"
-#include "winograd.h"
 
 #define DECOUPLIFY_STRING_OF(x) #x
 #define DECOUPLIFY_STRING(x) DECOUPLIFY_STRING_OF(x)
@@ -39,8 +38,8 @@ static void transform(Algorithm algorithm, const float* weight, int n_filters, i
 
 const Kernels& kernels() {
   static constexpr Kernels table{
-      DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve, slide,   expand_and_slide, separate, transform, add_planes,
-      scale_plane,                       sum_plane, normalise, project,          linear};
+      DECOUPLIFY_STRING(DECOUPLIFY_ISA), convolve,    slide,     expand_and_slide, separate, convolve_and_pool, transform,
+      add_planes,                        scale_plane, sum_plane, normalise,        project,  linear};
   return table;
 }
 

@@ -55,7 +55,7 @@ void release(float* data);
 struct Scratch {
   static constexpr int kMaxThreads = 64;
   Buffer transformed[kMaxThreads], products[kMaxThreads], window[kMaxThreads], filter_groups[kMaxThreads];
-  Buffer gathered, partial_sums, lists, inner_lists;
+  Buffer gathered, partial_sums, lists, inner_lists, band;
 };
 
 // Calls body(context, begin, end, thread) for disjoint ranges that cover [0, n_tasks), on up to n_threads threads, and

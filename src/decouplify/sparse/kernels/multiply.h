@@ -34,7 +34,7 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, const Meanwhile& mea
   for (int n = 0; n < NB; ++n) weight[n] = factors.weights[n];
   const float* x = factors.x + int64_t{progress.channel} * NV * kLanes;
   const int32_t* columns = factors.columns + progress.channel;
-  RowsAhead<false> next_rows(NB, factors.n_channels, factors.columns[factors.n_channels - 1] + 1);
+  RowsAhead<false> next_rows(NB, factors.n_channels, end > 0 ? factors.columns[factors.n_channels - 1] + 1 : 0);
   RowsAhead<true> outputs(NB, factors.n_channels, meanwhile.n_outputs);
   if (FETCH) {
     memcpy(next_rows.row, meanwhile.next_weights, NB * sizeof(float*));

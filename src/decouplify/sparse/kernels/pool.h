@@ -68,26 +68,28 @@ DECOUPLIFY_INLINE void pool_row(const RowsToPool& rows, int in_width, int width,
 }
 
 template <Columns COLUMNS>
-static void pool_rows(const Window& window, const float* plane, const TileOutput& to) {
+static void pool_rows(const Window& window, const float* plane, int first_row, int last_row, const TileOutput& to) {
   const Geometry &in = window.in, &out = window.out;
   Vec total{};
   with_activation(window.activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
-    for (int y = 0; y < out.height; ++y) {
+    for (int y = first_row; y < last_row; ++y) {
       const int top = 2 * y - window.padding[0], first = top > 0 ? top : 0;
       const int n = smaller(top + window.kernel[0], in.height) - first;
       // Where no row is, any will do.
-      const RowsToPool rows{plane + (n > 0 ? first : 0) * int64_t{in.row}, n, in.row};
+      const RowsToPool rows{plane + (n > 0 ? first : 2 * first_row) * int64_t{in.row}, n, in.row};
       pool_row<COLUMNS>(rows, in.width, out.width, to.out + y * int64_t{out.row}, activate, total);
     }
   });
   if (to.partial_sum != nullptr) store(to.partial_sum, load(to.partial_sum) + total);
 }
 
-// One channel of a window that pools_by_rows; `plane` is its first pixel, `to` has the first pixel of the output.
-static void pool_rows(const Window& window, const float* plane, const TileOutput& to) {
-  if (window.kernel[1] == 2) return pool_rows<Columns::kTwo>(window, plane, to);
-  window.padding[1] == 0 ? pool_rows<Columns::kThree>(window, plane, to)
-                         : pool_rows<Columns::kThreeCentred>(window, plane, to);
+// Rows [first, last) of one channel of a window that pools_by_rows.
+//   plane: the first pixel of the input, or where it would be
+//   to: with the first pixel of the output
+static void pool_rows(const Window& window, const float* plane, int first, int last, const TileOutput& to) {
+  if (window.kernel[1] == 2) return pool_rows<Columns::kTwo>(window, plane, first, last, to);
+  window.padding[1] == 0 ? pool_rows<Columns::kThree>(window, plane, first, last, to)
+                         : pool_rows<Columns::kThreeCentred>(window, plane, first, last, to);
 }
 
 }  // namespace decouplify::DECOUPLIFY_ISA

@@ -178,7 +178,7 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   const float* weight[NB];
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) weight[n] = to[n].weight;
-  RowsAhead<false> next_rows(NB, in.n_channels, in.place[in.n_channels - 1].column + 1);
+  RowsAhead<false> next_rows(NB, in.n_channels, FETCH && end > 0 ? in.place[in.n_channels - 1].column + 1 : 0);
   if (FETCH) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) next_rows.row[n] = to[n].next_weight;

@@ -85,7 +85,7 @@ static void slide(const Window& window, const WindowCall& call, Scratch& scratch
       if (slides && exists) {
         slide_rows(window, plane, in.weight, 0, window.out.height, to);
       } else {
-        pools && exists ? pool_rows(window, plane, to) : slide_any(in, window, to);
+        pools && exists ? pool_rows(window, plane, 0, window.out.height, to) : slide_any(in, window, to);
       }
       if (call.sums != nullptr) call.sums[channel] = sum(load(partial));
     }

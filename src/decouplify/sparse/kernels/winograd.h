@@ -230,30 +230,35 @@ struct Winograd {
   // Filters [n0, n1) of the list on one block. fetches: whether their weights are met for the first time.
   void run_filters(const Block& block, int n0, int n1, bool fetches, int thread) const {
     const int n = n1 - n0, n_groups = divide_up(n, filters_at_once(block.n));
+    if (n == 0) return;
     const int64_t point = int64_t{block.n} * kLanes, filter = kPoints * point + 16;
     float* products = scratch.products[thread].reserve(filter * n);
-    for (int i = 0; i < kPoints * n_groups; ++i) {
-      const int e = i / n_groups, g = i % n_groups, g0 = part(n, n_groups, g), g1 = part(n, n_groups, g + 1);
-      const float *weights[kTurns], *next_weights[kTurns];
-      rows_of_group(n0, n, n_groups, i, weights);
-      if (fetches) rows_of_group(n0, n, n_groups, i + 1 < kPoints * n_groups ? i + 1 : i, next_weights);
-      const MultiplyFunction run =
-          fetches ? multiply_for<true, false>(g1 - g0, block.n) : multiply_for<false, false>(g1 - g0, block.n);
+    const float* rows[kFiltersAtOnce];  // of weights, at the point in hand
+    for (int i = 0; i < n; ++i) rows[i] = conv.transformed + int64_t{call.filters[n0 + i]} * kPoints * sources.n_columns;
+    int first[kFiltersAtOnce + 1];  // filter of each group
+    for (int g = 0; g <= n_groups; ++g) first[g] = part(n, n_groups, g);
+    for (int e = 0; e < kPoints; ++e) {
       const float* inputs = block.transformed + e * block.point;
-      run({inputs, sources.column, weights, sources.n}, {next_weights, nothing_ahead(inputs)},
-          products + g0 * filter + e * point, filter);
+      for (int g = 0; g < n_groups; ++g) {
+        const int g0 = first[g], n_group = first[g + 1] - g0;
+        const float* next_weights[kMostFilters];
+        if (fetches) rows_after(rows, n, first[g + 1], n_group, e + 1 < kPoints, next_weights);
+        const MultiplyFunction run =
+            fetches ? multiply_for<true, false>(n_group, block.n) : multiply_for<false, false>(n_group, block.n);
+        run({inputs, sources.column, rows + g0, sources.n}, {next_weights, nothing_ahead(inputs)},
+            products + g0 * filter + e * point, filter);
+      }
+      for (int i = 0; i < n; ++i) rows[i] += sources.n_columns;
     }
     for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);
   }
 
-  // The rows of one group of filters at one point, over and over: groups go by point after point.
-  void rows_of_group(int n0, int n, int n_groups, int index, const float** rows) const {
-    const int e = index / n_groups, g = index % n_groups, g0 = part(n, n_groups, g), g1 = part(n, n_groups, g + 1);
-    for (int turn = 0; turn < kTurns; ++turn) rows[turn] = weight_of(call.filters[n0 + g0 + turn % (g1 - g0)], e);
-  }
-
-  const float* weight_of(int filter, int point) const {
-    return conv.transformed + (int64_t{filter} * kPoints + point) * sources.n_columns;
+  // The rows that come after those of a group: of the next filters, from `i` on, or of the first ones at the next point.
+  void rows_after(const float* const* rows, int n, int i, int n_wanted, bool is_another_point, const float** next) const {
+    const bool wraps = i == n && is_another_point;
+    for (int j = 0; j < n_wanted; ++j) {
+      next[j] = wraps ? rows[smaller(j, n - 1)] + sources.n_columns : rows[smaller(i + j, n - 1)];
+    }
   }
 
   void finish_filter(const Block& block, int i, const float* products, int thread) const {
@@ -365,7 +370,7 @@ static void convolve_winograd(const Convolution& conv, const ConvolutionCall& ca
 }
 
 // Stride 2: every phase of a channel is a source, and the sum over taps a sum over phases and up to 4 x 4 taps of each.
-static void convolve_winograd_strided(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
+static Sources strided_sources(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
   Taps taps = taps_of(conv);
   Geometry out = conv.out;
   out.height = divide_up(out.height, 4) * 4;  // tiles read as far, and what they read must be finite
@@ -383,6 +388,11 @@ static void convolve_winograd_strided(const Convolution& conv, const Convolution
     sources.plane[i] = gathered + i * taps.plane;
     sources.column[i] = call.channels[i / 4] * 4 + i % 4;
   }
+  return sources;
+}
+
+static void convolve_winograd_strided(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
+  const Sources sources = strided_sources(conv, call, scratch);
   const PixelSums sums(call, scratch);
   Winograd<Transform44, 1>{conv, call, sources, sums, scratch}.run();
   sums.finish();
