@@ -25,6 +25,7 @@ from decouplify.sparse import SparseModel, backend, count_executed_macs, native,
 from decouplify.sparse.drafts import ReadGate, SetGate, TorchCall
 from decouplify.sparse.executor import Run, Stretch
 from decouplify.sparse.native import Algorithm, StepKind
+from decouplify.sparse.timed import TimedRun
 from decouplify.sparse.translate import obstacle
 from decouplify.sparse.verification import relative_error
 from toynets import (
@@ -292,6 +293,49 @@ def test_measured_choices_are_kept_and_used_again(own_cache: Path, monkeypatch: 
     monkeypatch.setattr(tuning, "_measure", lambda *args: pytest.fail("measured again"))
     _, fast = sparse("Plain")
     assert {step.algorithm for step in fast.program_for(SIZE).steps} == {Algorithm.DIRECT}  # type: ignore[union-attr]
+
+
+@needs_engine
+@pytest.mark.parametrize("fastest", [Algorithm.DIRECT, Algorithm.PACKED, Algorithm.WINOGRAD_2])
+def test_what_is_fastest_within_the_network_is_taken(fastest: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way is measured in a run of the whole network, with two filters of three open in each gate."""
+    n_open = []
+
+    class Measured(TimedRun):
+        def run_steps(self, stretch: Stretch) -> None:
+            super().run_steps(stretch)
+            n_open.append([(float(z.sum()), len(z)) for z in self.forced.values()])
+            is_fastest = [step.algorithm is fastest for step in self.program.steps]
+            self.times = [(1.0 if fast else 2.0, macs) for fast, (_, macs) in zip(is_fastest, self.times, strict=True)]
+
+    monkeypatch.setattr(tuning, "TimedRun", Measured)
+    _, fast = sparse("Plain")
+    program = fast.program_for(SIZE)
+    assert program is not None
+    candidates = [step for step in program.steps if len(step.algorithms) > 1]
+    assert candidates
+    assert all(step.algorithm is fastest for step in candidates if fastest in step.algorithms)
+    assert n_open[0]
+    assert all(z == n - n // 3 for run_gates in n_open for z, n in run_gates)
+
+
+@needs_engine
+def test_few_transformed_weights_are_there_at_once_while_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[Any]] = []
+
+    def first_of_each(_: Any, group: list[Any]) -> dict[str, str]:
+        groups.append(group)
+        return {candidate.key: candidate.ways[0].name for candidate in group}
+
+    monkeypatch.setattr(tuning, "_measure", first_of_each)
+    for largest, wanted in ((0, "each by itself"), (1 << 30, "all together")):
+        monkeypatch.setenv(tuning.CACHE_VARIABLE, "")
+        monkeypatch.setattr(tuning, "_LARGEST_GROUP", largest)
+        groups.clear()
+        sparse("ParallelBranches")[1].program_for(SIZE)
+        n_winograd = [sum(any(way.is_winograd for way in c.ways) for c in group) for group in groups]
+        assert sum(n_winograd) > 1
+        assert max(n_winograd) == (1 if wanted == "each by itself" else sum(n_winograd))
 
 
 @needs_engine

@@ -167,7 +167,9 @@ def test_no_step_reads_or_writes_outside_its_memory(tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch hold on to much until the end
         "HYPOTHESIS_PROFILE": "ci",
     }
-    files = [str(ROOT / "tests" / name) for name in ("test_native.py", "test_expand.py", "test_separable.py")]
+    files = [
+        str(ROOT / "tests" / name) for name in ("test_native.py", "test_expand.py", "test_separable.py", "test_pool.py")
+    ]
     fuzz = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         [*fuzz, "-m", "not slow"], env=environment, cwd=ROOT, capture_output=True, text=True, check=False

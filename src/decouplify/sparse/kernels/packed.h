@@ -48,7 +48,8 @@ class PackedInput {
   const float* weights_of(int filter) const { return conv_.weight + filter * n_weights(); }
 
   // The products of filters [n0, n1) of the call's list with one tile, kProductFloats apart. fetches: whether their
-  // weights are met for the first time; then those of the next filters, the outputs and the stream are fetched meanwhile.
+  // weights are met for the first time; then those of the next filters, the outputs and the stream are fetched
+  // meanwhile.
   void multiply(int tile, int n0, int n1, bool fetches, Stream ahead, const float* const* outputs, int64_t n_outputs,
                 float* products) const {
     const float *weights[kMostFilters], *next_weights[kMostFilters];

@@ -15,7 +15,7 @@ enum class Columns { kTwo, kThree, kThreeCentred };
 
 static bool pools_by_rows(const Window& window) {
   const auto is = [&](int i, int kernel, int padding) {
-    return window.kernel[i] == kernel && window.stride[i] == 2 && window.dilation[i] == 1 && window.padding[i] == padding;
+    return window.kernel[i] == kernel && window.padding[i] == padding && window.stride[i] == 2 && window.dilation[i] == 1;
   };
   const bool is_known = is(1, 2, 0) || is(1, 3, 0) || is(1, 3, 1);
   return window.kind == WindowKind::kMax && is_known && is(0, window.kernel[0], window.padding[0]);
@@ -26,7 +26,9 @@ DECOUPLIFY_INLINE Vec shift_in(Vec before, Vec v, std::integer_sequence<int, I..
   return __builtin_shufflevector(before, v, (kLanes - 1 + I)...);
 }
 // The last lane of `before`, then all of v but its last lane.
-DECOUPLIFY_INLINE Vec shift_in(Vec before, Vec v) { return shift_in(before, v, std::make_integer_sequence<int, kLanes>{}); }
+DECOUPLIFY_INLINE Vec shift_in(Vec before, Vec v) {
+  return shift_in(before, v, std::make_integer_sequence<int, kLanes>{});
+}
 
 // Maxima over some input rows.
 struct RowsToPool {
@@ -52,7 +54,8 @@ DECOUPLIFY_INLINE void pool_row(const RowsToPool& rows, int in_width, int width,
   for (int x = 0; x < width; x += kLanes) {
     const int column = 2 * x, n_columns = rows.n > 0 ? in_width - column : 0;
     const Vec low = rows.at(column), high = rows.at(column + kLanes);
-    const Vec even = first_lanes(evens(low, high), (n_columns + 1) / 2), odd = first_lanes(odds(low, high), n_columns / 2);
+    const Vec even = first_lanes(evens(low, high), (n_columns + 1) / 2);
+    const Vec odd = first_lanes(odds(low, high), n_columns / 2);
     Vec y = maximum(even, odd);
     if (COLUMNS == Columns::kThree) {
       const Vec next = evens(rows.at(column + 2), rows.at(column + 2 + kLanes));

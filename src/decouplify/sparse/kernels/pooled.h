@@ -20,7 +20,7 @@ class PooledJob {
     band_.plane = whole_lines(int64_t{n_rows() + kKeptRows} * band_.row + 2 * kLanes + 15);
     if (band_.plane % 1024 == 0) band_.plane += 16;  // planes a page apart would fight for the same cache sets
     band_.origin = int64_t{kKeptRows} * band_.row;
-    memory_ = scratch.band.reserve(band_.plane * conv.n_filters);
+    memory_ = scratch.band.reserve(band_.plane * conv.n_filters + 4 * kLanes);  // vectors read beyond the last row
   }
 
   void run() const {

@@ -233,32 +233,31 @@ struct Winograd {
     if (n == 0) return;
     const int64_t point = int64_t{block.n} * kLanes, filter = kPoints * point + 16;
     float* products = scratch.products[thread].reserve(filter * n);
-    const float* rows[kFiltersAtOnce];  // of weights, at the point in hand
-    for (int i = 0; i < n; ++i) rows[i] = conv.transformed + int64_t{call.filters[n0 + i]} * kPoints * sources.n_columns;
+    const float* rows[kFiltersAtOnce];  // of weights, at point 0
+    const int64_t n_weights = int64_t{kPoints} * sources.n_columns;
+    for (int i = 0; i < n; ++i) rows[i] = conv.transformed + call.filters[n0 + i] * n_weights;
     int first[kFiltersAtOnce + 1];  // filter of each group
     for (int g = 0; g <= n_groups; ++g) first[g] = part(n, n_groups, g);
-    for (int e = 0; e < kPoints; ++e) {
-      const float* inputs = block.transformed + e * block.point;
-      for (int g = 0; g < n_groups; ++g) {
-        const int g0 = first[g], n_group = first[g + 1] - g0;
-        const float* next_weights[kMostFilters];
-        if (fetches) rows_after(rows, n, first[g + 1], n_group, e + 1 < kPoints, next_weights);
-        const MultiplyFunction run =
-            fetches ? multiply_for<true, false>(n_group, block.n) : multiply_for<false, false>(n_group, block.n);
-        run({inputs, sources.column, rows + g0, sources.n}, {next_weights, nothing_ahead(inputs)},
-            products + g0 * filter + e * point, filter);
+    const auto run_group = [&](int e, int g) {
+      const int g0 = first[g], n_group = first[g + 1] - g0;
+      const int64_t column = int64_t{e} * sources.n_columns;
+      const float *weights[kMostFilters], *next_weights[kMostFilters];
+      for (int i = 0; i < n_group; ++i) {
+        weights[i] = rows[g0 + i] + column;
+        next_weights[i] = weights[i] + sources.n_columns;
       }
-      for (int i = 0; i < n; ++i) rows[i] += sources.n_columns;
+      const float* inputs = block.transformed + e * block.point;
+      const MultiplyFunction run =
+          fetches ? multiply_for<true, false>(n_group, block.n) : multiply_for<false, false>(n_group, block.n);
+      run({inputs, sources.column, weights, sources.n}, {next_weights, nothing_ahead(inputs)},
+          products + g0 * filter + e * point, filter);
+    };
+    // Where a weight serves one vector only, what counts is to read those of a filter in order; otherwise, that the
+    // inputs at a point stay in the first-level cache.
+    for (int i = 0; i < kPoints * n_groups; ++i) {
+      block.n == 1 ? run_group(i % kPoints, i / kPoints) : run_group(i / n_groups, i % n_groups);
     }
     for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);
-  }
-
-  // The rows that come after those of a group: of the next filters, from `i` on, or of the first ones at the next point.
-  void rows_after(const float* const* rows, int n, int i, int n_wanted, bool is_another_point, const float** next) const {
-    const bool wraps = i == n && is_another_point;
-    for (int j = 0; j < n_wanted; ++j) {
-      next[j] = wraps ? rows[smaller(j, n - 1)] + sources.n_columns : rows[smaller(i + j, n - 1)];
-    }
   }
 
   void finish_filter(const Block& block, int i, const float* products, int thread) const {
