@@ -28,12 +28,14 @@ $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(DEMO_READY)  # dev contains all that the demo needs
 
-native:  ## Build the CPU engine beside its sources; without a compiler everything runs through the torch reference
-	@if command -v cmake >/dev/null && cmake -S . -B build/native >/dev/null && cmake --build build/native --parallel 2; \
+native: | $(BIN)/python  ## Build the CPU engine beside its sources; without a compiler everything runs through the torch reference
+	@export PATH="$$PATH:$(abspath $(BIN))"; \
+	command -v cmake >/dev/null || $(BIN)/python -m pip install --quiet cmake; \
+	if cmake -S . -B build/native >/dev/null && cmake --build build/native --parallel 2; \
 	then cmake --install build/native --prefix src; \
-	else echo 'The CPU engine was not built: cmake or a C++ compiler is missing'; fi
+	else echo 'The CPU engine was not built: a C++ compiler is missing'; fi
 
-demo: $(DEMO_READY)  ## Train, record and explain a small network; writes demo/index.html
+demo: $(DEMO_READY) native  ## Train, record and explain a small network; writes demo/index.html
 	$(BIN)/python examples/demo.py --out demo
 
 test: $(DEV_READY) native  ## The fast suite: everything not marked slow or zoo

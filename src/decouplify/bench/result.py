@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from decouplify.bench.timing import Spread
+from decouplify.cpu import cpu_name
 
 __all__ = ["DENSE_TOLERANCE", "Machine", "Result", "Timing", "TwinTiming"]
 
@@ -24,7 +23,7 @@ class Machine:
     """Where the numbers come from.
 
     Attributes:
-        cpu: Its name.
+        cpu: Its name, see ``cpu_name``.
         simd: The widest vectors torch found.
         n_cores: Cores that this process could use.
         load: Load average of the last minute when the benchmark ended; None where the system has none.
@@ -42,14 +41,7 @@ class Machine:
         """This machine."""
         load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
         simd = torch.backends.cpu.get_cpu_capability()
-        return cls(_cpu_name(), simd, os.cpu_count() or 1, load, torch.__version__)
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return cls(cpu_name(), simd, os.cpu_count() or 1, load, torch.__version__)
 
 
 @dataclass(frozen=True)

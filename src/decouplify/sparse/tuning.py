@@ -7,10 +7,8 @@ multiply-accumulates. Measured alone, a layer would find its weights in the cach
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from decouplify.cpu import cpu_name
 from decouplify.sparse import native
 from decouplify.sparse.drafts import Step
 from decouplify.sparse.executor import Program
@@ -82,22 +81,7 @@ def _key(step: Step) -> str:
     layer = f"{channels} {kernel}/{stride}+{padding}:{dilation} at {size}"
     parts = f"{'part' if step.reads_part else 'all'}->{'part' if step.gate >= 0 else 'all'}"
     kernels = f"{native.instruction_set()} {_EDITION}"
-    return f"{_cpu()} {kernels} {torch.get_num_threads()} threads: {layer} {parts}"
-
-
-@functools.cache
-def _cpu() -> str:
-    """The CPU's name, family and model; some virtual machines give the same name to all families."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    identity = [
-        line.partition(":")[2].strip()
-        for line in lines
-        if line.startswith(("model name", "cpu family", "model\t", "CPU part"))
-    ]
-    return " ".join(dict.fromkeys(identity)) or platform.machine()
+    return f"{cpu_name()} {kernels} {torch.get_num_threads()} threads: {layer} {parts}"
 
 
 def _measured(program: Program, candidates: list[_Candidate]) -> dict[str, str]:
