@@ -36,9 +36,9 @@ HEAD = (
     "",
     "Top-1 on 5,000 test images stored as JPEGs of quality 75, which costs 3 to 4 points against the usual PNGs. All",
     "rows of a network start from the same dense weights, where no note names others, and train equally long; *static*",
-    "is the twin without gates that has as many MACs for good, taught by the same teacher. *Other path*: every image on",
-    "the path of another one. kNN sees paths alone, 10 nearest of the other test images. Standard error of a top-1: 0.4",
-    "points.",
+    "is the twin without gates that has as many MACs for good, taught by the same teacher. *Other path*: every image",
+    "on the path of another one. kNN sees paths alone, 10 nearest of the other test images. Standard error of a top-1:",
+    "0.4 points.",
     "",
     "| row | epochs | top-1 | MACs, M | reduction | silent / dynamic / energetic | distinct paths | kNN | other path "
     "| training, s |",
