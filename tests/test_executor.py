@@ -319,6 +319,11 @@ def test_what_is_fastest_within_the_network_is_taken(fastest: Algorithm, monkeyp
     assert all(z == n - n // 3 for run_gates in n_open for z, n in run_gates)
 
 
+@pytest.mark.parametrize(("seconds", "wanted"), [(0.95, Algorithm.PACKED), (0.85, Algorithm.WINOGRAD_2)])
+def test_winograd_must_be_worth_the_memory_of_its_weights(seconds: float, wanted: Algorithm) -> None:
+    assert tuning._best({Algorithm.DIRECT: 1.2, Algorithm.PACKED: 1.0, Algorithm.WINOGRAD_2: seconds}) is wanted
+
+
 @needs_engine
 def test_few_transformed_weights_are_there_at_once_while_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[list[Any]] = []

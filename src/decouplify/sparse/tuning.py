@@ -31,6 +31,8 @@ CACHE_VARIABLE = "DECOUPLIFY_CACHE"
 #: Raised whenever kernels change so much that choices measured before may be wrong.
 _EDITION = 3
 _N_ROUNDS = 5
+#: Winograd keeps weights of its own, up to four times as many; it must be faster by so much to be worth their memory.
+_WINOGRAD_GAIN = 1.1
 _LARGEST_GROUP = 8 << 20  # bytes of weights that are there in Winograd's forms, too, which take several times as much
 
 
@@ -121,7 +123,13 @@ def _measure(program: Program, group: list[_Candidate]) -> dict[str, str]:
                 seconds, _ = run.times[candidate.step]
                 best[candidate.key][way] = min(best[candidate.key][way], seconds)
     del kept
-    return {key: min(times, key=times.__getitem__).name for key, times in best.items()}
+    names = {key: _best(times).name for key, times in best.items()}
+    _set(program, {candidate.step: names[candidate.key] for candidate in group})  # lets go of the others' weights
+    return names
+
+
+def _best(seconds: Mapping[Algorithm, float]) -> Algorithm:
+    return min(seconds, key=lambda way: seconds[way] * (_WINOGRAD_GAIN if way.is_winograd else 1.0))
 
 
 def cache_file() -> Path | None:
