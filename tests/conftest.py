@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -54,3 +55,11 @@ def shared_data() -> Path:
         # Somebody meant to run these tests: skipping would hide the typing error.
         pytest.fail(f"DECOUPLIFY_DATA is {given!r}, which is not a directory")
     pytest.skip("no data directory: set DECOUPLIFY_DATA to one with images and trained weights")
+
+
+@pytest.fixture(scope="module")
+def joins_small_maps() -> Iterator[None]:
+    """Tests need not wait for maps of megabytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("decouplify.sparse.bands.SMALLEST_MAP", 0)
+        yield

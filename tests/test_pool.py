@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -21,7 +20,10 @@ from decouplify.sparse.native import Algorithm, StepKind, WindowKind
 from native_steps import ACTS, NODE, STRIDED, _is_valid, _lists, flags, kernels_of
 from toynets import Classifier, random_images, randomise_gates, randomise_statistics, run
 
-pytestmark = pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence())
+pytestmark = [
+    pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence()),
+    pytest.mark.usefixtures("joins_small_maps"),
+]
 
 #: Kernel and padding of the windows that are computed row by row.
 WINDOWS = [(2, 0), (3, 0), (3, 1)]
@@ -154,14 +156,6 @@ def found(
     means, n_macs = run_twice(plan, x, result, [case.channels, case.filters], case.n_threads)
     assert kept
     return result, means, n_macs
-
-
-@pytest.fixture(autouse=True, scope="module")
-def joins_small_maps() -> Iterator[None]:
-    """Tests need not wait for maps of megabytes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bands, "SMALLEST_MAP", 0)
-        yield
 
 
 @st.composite

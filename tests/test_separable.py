@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,10 @@ from decouplify.sparse.native import StepKind
 from native_steps import ACTS, NODE, _is_valid, _lists, flags, kernels_of, slidings
 from toynets import SIZE, Classifier, conv_bn_relu, random_images, randomise_gates, randomise_statistics, run
 
-pytestmark = pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence())
+pytestmark = [
+    pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence()),
+    pytest.mark.usefixtures("joins_small_maps"),
+]
 
 POINT = Sliding()
 
@@ -140,14 +142,6 @@ def assert_same(case: Case) -> None:
     assert float((y - wanted[-1]).abs().max()) <= scale
     assert float((means - wanted[-1].mean((2, 3))).abs().max()) <= scale
     assert n_macs == found(case, wanted, joined=False)[2]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def joins_small_maps() -> Iterator[None]:
-    """Tests need not wait for maps of megabytes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bands, "SMALLEST_MAP", 0)
-        yield
 
 
 @st.composite
