@@ -33,7 +33,7 @@ native: | $(BIN)/python  ## Build the CPU engine beside its sources; without a c
 	command -v cmake >/dev/null || $(BIN)/python -m pip install --quiet cmake; \
 	if cmake -S . -B build/native >/dev/null && cmake --build build/native --parallel 2; \
 	then cmake --install build/native --prefix src; \
-	else echo 'The CPU engine was not built: a C++ compiler is missing'; fi
+	else echo 'The CPU engine was not built: cmake or a C++ compiler is missing'; fi
 
 demo: $(DEMO_READY) native  ## Train, record and explain a small network; writes demo/index.html
 	$(BIN)/python examples/demo.py --out demo

@@ -190,7 +190,7 @@ def test_gates_that_do_not_pay_are_left_open_and_the_rest_is_as_before(
     costly = gates[::2]
     monkeypatch.setattr(
         "decouplify.sparse.model.measure_profits",
-        lambda program, size, path, names: [GateProfit(g, 2e-5, 1e-5 if g in costly else 3e-5) for g in names.values()],
+        lambda program, path, names: [GateProfit(g, 2e-5, 1e-5 if g in costly else 3e-5) for g in names.values()],
     )
     fast = decouplify.sparsify(model, paths=paths_of(model), drop_costly=True)
     assert set(fast.left_open) == set(costly)
@@ -223,7 +223,7 @@ def test_the_profit_of_a_gate_is_measured() -> None:
     fast = decouplify.sparsify(model)
     names = {node: name for name, node in fast.lowered_for(size).gates.items()}
     path = {name: z[0] for name, z in model.decoupling.gates().items()}
-    profits = measure_profits(fast.program_for(size), size, path, names)
+    profits = measure_profits(fast.program_for(size), path, names)
     assert [profit.gate for profit in profits] == [model.decoupling.plan.gates[0].name]
     assert profits[0].saved > profits[0].cost > 0
     assert decouplify.sparsify(model, paths=paths, drop_costly=True).left_open == {}

@@ -111,7 +111,7 @@ class SparseModel(nn.Module):
         if program is None or habits is None or assumptions is None:
             return
         names = {node: name for name, node in self.lowered_for(size).gates.items() if name not in assumptions.dropped}
-        profits = measure_profits(program, size, assumptions.narrow(habits.typical), names)
+        profits = measure_profits(program, assumptions.narrow(habits.typical), names)
         self.costly = tuple(profit for profit in profits if profit.cost > profit.saved)
         self._habits = replace(habits, left_open=frozenset(profit.gate for profit in self.costly))
         self._forget()

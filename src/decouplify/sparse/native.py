@@ -37,7 +37,7 @@ __all__ = [
     "transform_weights",
 ]
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 #: Set to "reference" to run without the compiled engine, for instance to compare the two.
 BACKEND_VARIABLE = "DECOUPLIFY_BACKEND"
 #: Another file to load instead of the installed one, for instance one built with sanitizers.
@@ -165,7 +165,6 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "run": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, POINTER(c_void_p), c_int32]),
     "set_gate": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
     "get_gate": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
-    "set_live": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
 }
 
 
@@ -333,12 +332,6 @@ class Workspace:
         if z.shape != (self._plan.gate_sizes[gate],):
             raise ValueError(f"gate {gate}: {tuple(z.shape)} values given, ({self._plan.gate_sizes[gate]},) wanted")
         self._engine.set_gate(self._plan.address, self.address, gate, z.data_ptr())
-
-    def set_live(self, value: int, exists: Tensor) -> None:
-        """Say which channels of a value exist: uint8, shape (C,), 0 or 1."""
-        if exists.shape != (self._plan.channels[value],) or exists.dtype != torch.uint8:
-            raise ValueError(f"value {value}: flags of shape {tuple(exists.shape)}, {exists.dtype} given")
-        self._engine.set_live(self._plan.address, self.address, value, exists.contiguous().data_ptr())
 
     def gate(self, gate: int) -> Tensor:
         """The values of a gate, shape (K,), 0 or 1."""

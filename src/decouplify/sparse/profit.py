@@ -35,9 +35,7 @@ class GateProfit:
         return f"{self.gate} ({1e6 * self.cost:.0f} us for {1e6 * self.saved:.0f} us)"
 
 
-def measure_profits(
-    program: Program, image_size: tuple[int, ...], path: Mapping[str, Tensor], names: Mapping[str, str]
-) -> list[GateProfit]:
+def measure_profits(program: Program, path: Mapping[str, Tensor], names: Mapping[str, str]) -> list[GateProfit]:
     """Measure every gate that is decided in the engine, by opening one after another.
 
     The steps whose multiply-accumulates change are compared, each by its shortest time over a few rounds; what others
@@ -45,18 +43,17 @@ def measure_profits(
 
     Args:
         program: The network; nothing else may run it meanwhile.
-        image_size: (C, H, W).
         path: Values of all gates of a typical image, zeros and ones, shape (K,) each, by gate.
         names: Gate of each node that decides one.
     """
     by_node = {node: path[name] for node, name in names.items()}
-    usual = _times(program, image_size, by_node)
+    usual = _times(program, by_node)
     profits = []
     for step in program.steps:
         if step.kind is not StepKind.CONTROL or step.node.name not in names:
             continue
         z = by_node[step.node.name]
-        opened = _times(program, image_size, {**by_node, step.node.name: torch.ones_like(z)})
+        opened = _times(program, {**by_node, step.node.name: torch.ones_like(z)})
         changed = [i for i, (_, macs) in enumerate(opened) if macs != usual[i][1]]
         saved = sum(opened[i][0] - usual[i][0] for i in changed)
         cost = usual[program.steps.index(step)][0]
@@ -65,9 +62,9 @@ def measure_profits(
 
 
 @torch.no_grad()
-def _times(program: Program, image_size: tuple[int, ...], gates: Mapping[str, Tensor]) -> list[tuple[float, int]]:
+def _times(program: Program, gates: Mapping[str, Tensor]) -> list[tuple[float, int]]:
     """Seconds (the shortest of a few rounds) and multiply-accumulates of each step, with given gates."""
-    image = torch.randn(1, *image_size, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(program.image_shape, generator=torch.Generator().manual_seed(0))
     rounds = []
     with program.workspace() as workspace:
         for _ in range(_N_ROUNDS):

@@ -704,8 +704,4 @@ void decouplify_get_gate(const decouplify_plan*, decouplify_workspace* workspace
   const Channels& open = workspace->gates[gate];
   for (int32_t f = 0; f < open.size(); ++f) z[f] = open.flags[f];
 }
-
-void decouplify_set_live(const decouplify_plan*, decouplify_workspace* workspace, int32_t value, const uint8_t* live) {
-  workspace->channels[value].assign([&](int32_t c) { return live[c] != 0; });
-}
 }

@@ -13,7 +13,7 @@
 
 extern "C" {
 
-enum { kAbiVersion = 5 };
+enum { kAbiVersion = 6 };
 
 enum Status : int32_t { kDone = 0, kUndefinedGate = 1, kOutOfMemory = 2 };
 
@@ -103,7 +103,4 @@ DECOUPLIFY_API void decouplify_set_gate(const decouplify_plan* plan, decouplify_
                                         const float* z);
 DECOUPLIFY_API void decouplify_get_gate(const decouplify_plan* plan, decouplify_workspace* workspace, int32_t gate,
                                         float* z);
-// Which channels of a value exist, 0 or 1 each.
-DECOUPLIFY_API void decouplify_set_live(const decouplify_plan* plan, decouplify_workspace* workspace, int32_t value,
-                                        const uint8_t* live);
 }

@@ -30,9 +30,10 @@ class PooledJob {
     for (int first = 0; first < conv_.out.height; first += n_rows()) {
       const int last = smaller(first + n_rows(), conv_.out.height);
       convolve(sources, first, last);
-      const int end = last == conv_.out.height ? window_.out.height : rows_above(last);
+      const bool is_last = last == conv_.out.height;
+      const int end = is_last ? window_.out.height : rows_above(last);
       pool(first, pooled, end);
-      keep_last_rows(last - first);
+      if (!is_last) keep_last_rows();
       pooled = end;
     }
   }
@@ -81,10 +82,11 @@ class PooledJob {
     });
   }
 
-  void keep_last_rows(int height) const {
+  // Of a whole band, for the next one.
+  void keep_last_rows() const {
     for (int i = 0; i < pooled_.n_channels; ++i) {
       float* plane = memory_ + pooled_.channels[i] * band_.plane;
-      memcpy(plane, plane + int64_t{height} * band_.row, kKeptRows * band_.row * sizeof(float));
+      memcpy(plane, plane + int64_t{n_rows()} * band_.row, kKeptRows * band_.row * sizeof(float));
     }
   }
 

@@ -153,10 +153,10 @@ struct TileProgress {
 
 // Rows of memory that are fetched while a tile is computed, a little with every channel: line after line and row after
 // row, for the hardware runs ahead of whoever reads in order.
-constexpr int kTurns = 8;
 template <bool TO_WRITE>
 struct RowsAhead {
-  const float* row[kTurns];
+  static constexpr int kMostRows = 8;
+  const float* row[kMostRows];
   uint32_t per_channel;  // rows, times 2^16
   uint32_t length;       // floats of a row
 
