@@ -261,7 +261,7 @@ def summary_row(r: Result) -> str:
     assert ours is not None
     cells = [
         r.model,
-        r.gates,
+        plain(r.gates),
         str(r.threads),
         str(r.batch),
         f"{r.mac_reduction:.2f}x",
@@ -275,11 +275,16 @@ def summary_row(r: Result) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def plain(text: str) -> str:
+    """Text that Markdown leaves alone: the names of layers may hold asterisks."""
+    return text.replace("*", r"\*")
+
+
 def details(results: dict[str, Result]) -> list[str]:
     lines = ["## Every measurement", ""]
     for key, r in results.items():
         lines += [
-            f"### {key}",
+            f"### {plain(key)}",
             "",
             f"{r.rounds} rounds, {r.n_paths} paths, {r.dense_macs / 1e6:.1f} M MACs dense, controllers "
             f"{r.controller_macs / 1e6:.2f} M; load average {r.machine.load} at the end.",
