@@ -63,3 +63,12 @@ def joins_small_maps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("decouplify.sparse.bands.SMALLEST_MAP", 0)
         yield
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is there, not merely promised."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) << 10

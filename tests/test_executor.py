@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import decouplify
+from conftest import resident_bytes
 from decouplify.cifar import CifarResNet
 from decouplify.errors import VerificationError
 from decouplify.sparse import SparseModel, backend, count_executed_macs, native, tuning
@@ -287,8 +288,8 @@ def test_measured_choices_are_kept_and_used_again(own_cache: Path, monkeypatch: 
     sparse("Plain")[1](random_images(1))
     kept = json.loads((own_cache / "algorithms.json").read_text())
     assert kept
-    assert set(kept.values()) <= set(Algorithm.__members__)
-    forced = dict.fromkeys(kept, "DIRECT")
+    assert all(0 < seconds < 1 for times in kept.values() for seconds in times.values())
+    forced = {key: {way: 1e-3 if way == "DIRECT" else 2e-3 for way in times} for key, times in kept.items()}
     (own_cache / "algorithms.json").write_text(json.dumps(forced))
     monkeypatch.setattr(tuning, "_measure", lambda *args: pytest.fail("measured again"))
     _, fast = sparse("Plain")
@@ -319,20 +320,66 @@ def test_what_is_fastest_within_the_network_is_taken(fastest: Algorithm, monkeyp
     assert all(z == n - n // 3 for run_gates in n_open for z, n in run_gates)
 
 
-@pytest.mark.parametrize(("seconds", "wanted"), [(0.95, Algorithm.PACKED), (0.85, Algorithm.WINOGRAD_2)])
-def test_winograd_must_be_worth_the_memory_of_its_weights(seconds: float, wanted: Algorithm) -> None:
-    assert tuning._best({Algorithm.DIRECT: 1.2, Algorithm.PACKED: 1.0, Algorithm.WINOGRAD_2: seconds}) is wanted
+@pytest.mark.parametrize(
+    ("winograd_2", "winograd_4", "wanted"),
+    [
+        (0.97, 0.96, Algorithm.PACKED),
+        (0.90, 0.88, Algorithm.WINOGRAD_2),
+        (0.98, 0.90, Algorithm.WINOGRAD_4),
+        (0.90, 0.80, Algorithm.WINOGRAD_4),
+        (1.50, 1.10, Algorithm.PACKED),
+    ],
+)
+def test_what_keeps_more_memory_must_be_worth_it(winograd_2: float, winograd_4: float, wanted: Algorithm) -> None:
+    plain = {Algorithm.DIRECT: 1.01, Algorithm.PACKED: 1.0}
+    assert tuning._best({Algorithm.WINOGRAD_4: winograd_4, Algorithm.WINOGRAD_2: winograd_2, **plain}) is wanted
+
+
+@needs_engine
+def test_winograd_keeps_only_so_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What saves least time for its memory is given up first, F(4,3) for F(2,3) if that is enough."""
+    model = decouplify.wrap(CifarResNet(8), input_size=(3, 32, 32), verify=False)
+    program = decouplify.sparsify(model).program_for((3, 32, 32))
+    assert program is not None
+    own = sum(weight.nbytes for step in program.steps for weight in step.weights.values())
+    steps = [i for i, step in enumerate(program.steps) if Algorithm.WINOGRAD_4 in step.algorithms]
+    small, *_, large = sorted(steps, key=lambda i: program.bytes_kept(i, Algorithm.WINOGRAD_4))
+    times = {Algorithm.DIRECT: 1.0, Algorithm.WINOGRAD_2: 0.7, Algorithm.WINOGRAD_4: 0.5}
+    seconds = {small: times, large: times}
+    kept = {i: {way: program.bytes_kept(i, way) / own for way in times} for i in seconds}
+    assert 0 < kept[small][Algorithm.WINOGRAD_4] < kept[large][Algorithm.WINOGRAD_4]
+    assert kept[small][Algorithm.WINOGRAD_4] * own == program.weights_for(small, Algorithm.WINOGRAD_4).nbytes  # type: ignore[union-attr]
+    for large_way in (Algorithm.WINOGRAD_4, Algorithm.WINOGRAD_2, Algorithm.DIRECT):
+        for small_way in (Algorithm.WINOGRAD_4, Algorithm.WINOGRAD_2, Algorithm.DIRECT):
+            if small_way is not Algorithm.WINOGRAD_4 and large_way is not Algorithm.DIRECT:
+                continue  # the large one goes first
+            chosen = {small: small_way, large: large_way}
+            monkeypatch.setattr(tuning, "_LARGEST_KEPT", sum(kept[i][way] for i, way in chosen.items()))
+            assert tuning._affordable(program, seconds) == chosen
+
+
+@needs_engine
+def test_f_4_3_is_not_tried_on_maps_of_a_few_tiles() -> None:
+    _, fast = sparse("Plain")
+    program = fast.program_for(SIZE)
+    assert program is not None
+    step = next(step for step in program.steps if Algorithm.WINOGRAD_4 in step.algorithms)
+    assert step.output is not None
+    for size, is_tried in (((8, 8), False), ((7, 5), False), ((9, 8), True), ((4, 17), True)):
+        step.output.size = size
+        assert tuning._is_thinkable(step, Algorithm.WINOGRAD_4) is is_tried
+        assert tuning._is_thinkable(step, Algorithm.WINOGRAD_2)
 
 
 @needs_engine
 def test_few_transformed_weights_are_there_at_once_while_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[list[Any]] = []
 
-    def first_of_each(_: Any, group: list[Any]) -> dict[str, str]:
+    def all_alike(_: Any, group: list[Any]) -> dict[str, Any]:
         groups.append(group)
-        return {candidate.key: candidate.ways[0].name for candidate in group}
+        return {candidate.key: dict.fromkeys(candidate.ways, 1.0) for candidate in group}
 
-    monkeypatch.setattr(tuning, "_measure", first_of_each)
+    monkeypatch.setattr(tuning, "_measure", all_alike)
     for largest, wanted in ((0, "each by itself"), (1 << 30, "all together")):
         monkeypatch.setenv(tuning.CACHE_VARIABLE, "")
         monkeypatch.setattr(tuning, "_LARGEST_GROUP", largest)
@@ -363,7 +410,7 @@ def test_measuring_for_another_image_size_takes_no_weights_away() -> None:
 
 
 @needs_engine
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', "{"])
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": {"DIRECT": "b"}}', '{"a": {"b": 1.0}}', "{"])
 def test_a_broken_cache_is_measured_anew(own_cache: Path, content: str) -> None:
     (own_cache / "algorithms.json").write_text(content)
     _, fast = sparse("Plain")
@@ -372,6 +419,17 @@ def test_a_broken_cache_is_measured_anew(own_cache: Path, content: str) -> None:
         "DIRECT" in (own_cache / "algorithms.json").read_text()
         or "PACKED" in (own_cache / "algorithms.json").read_text()
     )
+
+
+@needs_engine
+def test_ways_that_nobody_has_measured_are_measured(own_cache: Path) -> None:
+    sparse("Plain")[1](random_images(1))
+    file = own_cache / "algorithms.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({key: {"DIRECT": 1e-9} for key in kept}))
+    sparse("Plain")[1](random_images(1))
+    found = json.loads(file.read_text())
+    assert {key: times.keys() for key, times in found.items()} == {key: times.keys() for key, times in kept.items()}
 
 
 @needs_engine
@@ -432,14 +490,6 @@ def test_memory_stays_flat() -> None:
         fast(images)
     gc.collect()
     assert resident_bytes() - before < 2 << 20
-
-
-def resident_bytes() -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("needs /proc")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) << 10
 
 
 @needs_engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from conftest import ROOT
+from conftest import ROOT, resident_bytes
 from decouplify.sparse import native
 from decouplify.sparse.drafts import Act, Sliding
 from decouplify.sparse.native import ActivationKind, Algorithm
@@ -146,6 +147,35 @@ def test_winograd_weights_are_those_of_the_formula() -> None:
     g = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
     wanted: Tensor = torch.einsum("ir,kcrs,js->kijc", g, weight.double(), g).reshape(5, 16, 4)
     assert float((native.transform_weights(weight, Algorithm.WINOGRAD_2) - wanted).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("n", [1, 17, (1 << 17) - 1, 1 << 17, (1 << 19) + 1, 3 << 20])
+def test_new_memory_is_zero_and_begins_a_cache_line(n: int) -> None:
+    blocks = [native.new_tensor(n) for _ in range(3)]
+    assert all(block.data_ptr() % 64 == 0 and not block.any() for block in blocks)
+    for i, block in enumerate(blocks):
+        block.fill_(i)
+    assert all(bool((block == i).all()) for i, block in enumerate(blocks))
+
+
+def test_large_blocks_are_returned_to_the_system() -> None:
+    """The C library would keep what is freed after it has seen such sizes, and between blocks that are not."""
+    for _ in range(2):
+        blocks = [native.new_tensor(2 << 20) for _ in range(8)]  # 8 MB each
+        before = resident_bytes()
+        del blocks[:7]
+        assert before - resident_bytes() > 50e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
+def test_the_c_library_returns_what_it_keeps() -> None:
+    kept = [torch.ones(1 << 14) for _ in range(1000)]  # 64 KB each, below what it maps by itself
+    last = torch.ones(1 << 14)
+    del kept
+    before = resident_bytes()
+    native.trim()
+    assert before - resident_bytes() > 50e6
+    assert bool(last.all())
 
 
 @pytest.mark.slow

@@ -177,6 +177,11 @@ class Program:
             self._transformed[key] = found
         return found
 
+    def bytes_kept(self, step: int, algorithm: Algorithm) -> int:
+        """How much memory an algorithm's own weights take."""
+        own = self.steps[step].weights["weight"]
+        return own.shape[0] * own.shape[1] * algorithm.n_kept * own.element_size()
+
 
 class Run:
     """One image on its way through a program."""

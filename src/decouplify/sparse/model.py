@@ -243,8 +243,10 @@ class SparseModel(nn.Module):
             return self._programs[key]
 
     def _compile(self, module: Any, fuse: bool) -> Program:
+        native.trim()  # of what recording and lowering left
         program = Program(module, fuse, self._transformed)
         choose_algorithms(program, exact=self.mode == "exact")
+        native.trim()
         return program
 
     def __repr__(self) -> str:

@@ -35,9 +35,10 @@ __all__ = [
     "instruction_set",
     "reason_for_absence",
     "transform_weights",
+    "trim",
 ]
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 #: Set to "reference" to run without the compiled engine, for instance to compare the two.
 BACKEND_VARIABLE = "DECOUPLIFY_BACKEND"
 #: Another file to load instead of the installed one, for instance one built with sanitizers.
@@ -97,6 +98,12 @@ class Algorithm(IntEnum):
         """Whether it works on transformed weights, and rounds otherwise than a plain sum."""
         return self in _POINTS
 
+    @property
+    def n_kept(self) -> int:
+        """Weights that it keeps per filter and channel beside the convolution's own."""
+        n_points, per_channel = _POINTS.get(self, (0, 0))
+        return n_points * per_channel
+
 
 #: Points of the transform, times transformed weights per channel and point.
 _POINTS = {Algorithm.WINOGRAD_2: (16, 1), Algorithm.WINOGRAD_4: (36, 1), Algorithm.WINOGRAD_STRIDED: (49, 4)}
@@ -151,6 +158,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "select": (c_int32, [c_char_p]),
     "allocate": (c_void_p, [c_int64]),
     "release": (None, [c_void_p]),
+    "trim": (None, []),
     "transform": (None, [c_int32, c_void_p, c_int32, c_int32, c_int32, c_int32, c_void_p]),
     "plan_new": (
         c_void_p,
@@ -237,6 +245,11 @@ def new_tensor(n: int) -> Tensor:
     array = (c_float * n).from_address(address)
     weakref.finalize(array, found.release, address)
     return torch.frombuffer(array, dtype=torch.float32)
+
+
+def trim() -> None:
+    """Let the C library return what it keeps of freed memory, which after making a sparse form is as much again."""
+    _required().trim()
 
 
 def transform_weights(weight: Tensor, algorithm: Algorithm, padding: int = 1) -> Tensor:

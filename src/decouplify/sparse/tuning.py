@@ -2,17 +2,19 @@
 
 The answer depends on caches and memory as much as on arithmetic, so it is measured, once per shape and CPU: the network
 runs a few times with every way, with two filters of three open in each gate, which leaves about half of the
-multiply-accumulates. Measured alone, a layer would find its weights in the cache. The results are kept in a file.
+multiply-accumulates. Measured alone, a layer would find its weights in the cache. The times are kept in a file.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,14 +27,18 @@ from decouplify.sparse.timed import TimedRun
 
 __all__ = ["cache_file", "choose_algorithms"]
 
-#: Directory of the file with measured choices; the system's cache directory if not set, none if empty.
+#: The shortest time of a layer by way.
+Seconds = dict[Algorithm, float]
+#: Directory of the file with measured times; the system's cache directory if not set, none if empty.
 CACHE_VARIABLE = "DECOUPLIFY_CACHE"
 
 #: Raised whenever kernels change so much that choices measured before may be wrong.
-_EDITION = 3
+_EDITION = 4
 _N_ROUNDS = 5
-#: Winograd keeps weights of its own, up to four times as many; it must be faster by so much to be worth their memory.
-_WINOGRAD_GAIN = 1.1
+#: Winograd keeps weights of its own, up to four times as many. A way must be faster by so much than all that keep less.
+_GAIN = 1.05
+_LARGEST_KEPT = 1.5  # times the network's own weights, for all that Winograd keeps
+_FEW_TILES = 4
 _LARGEST_GROUP = 8 << 20  # bytes of weights that are there in Winograd's forms, too, which take several times as much
 
 
@@ -55,22 +61,58 @@ def choose_algorithms(program: Program, *, exact: bool) -> None:
     known, unknown = _read(cache_file()), dict[str, _Candidate]()
     keys = dict[int, str]()
     for i, step in enumerate(program.steps):
-        ways = tuple(way for way in step.algorithms if not (exact and way.is_winograd))
+        ways = tuple(way for way in step.algorithms if not (exact and way.is_winograd) and _is_thinkable(step, way))
         if len(ways) > 1:
             keys[i] = key = f"{_key(step)} {'exact' if exact else 'fast'}"
-            if known.get(key) not in {way.name for way in ways}:  # a file may hold anything
+            if known.get(key, {}).keys() != set(ways):
                 unknown.setdefault(key, _Candidate(key, i, ways))
-    _set(program, {i: known[key] for i, key in keys.items() if key not in unknown})
-    measured = _measured(program, list(unknown.values())) if unknown else {}
-    known |= measured
-    _set(program, {i: known[key] for i, key in keys.items() if key in unknown})
-    if measured:
+    if unknown:
+        # The others are measured beside what will run.
+        _set(program, {i: _best(known[key]) for i, key in keys.items() if key not in unknown})
+        measured = _measured(program, list(unknown.values()))
         _write(cache_file(), measured)
+        known |= measured
+    _set(program, _affordable(program, {i: known[key] for i, key in keys.items()}))
 
 
-def _set(program: Program, names: Mapping[int, str]) -> None:
-    for i, name in names.items():
-        program.set_algorithm(i, Algorithm[name])
+def _best(seconds: Seconds) -> Algorithm:
+    """The fastest way, unless one that keeps less memory is nearly as fast."""
+    best, *others = sorted(seconds, key=lambda way: (way.n_kept, seconds[way]))
+    for way in others:
+        gain = 1.0 if way.n_kept == best.n_kept else _GAIN
+        best = way if seconds[way] * gain < seconds[best] else best
+    return best
+
+
+def _affordable(program: Program, seconds: Mapping[int, Seconds]) -> dict[int, Algorithm]:
+    """The best way by step, where memory allows it; what saves least time for its memory is given up first."""
+    chosen = {i: _best(found) for i, found in seconds.items()}
+    own = sum(weight.nbytes for step in program.steps for weight in step.weights.values())
+    kept = {i: program.bytes_kept(i, way) for i, way in chosen.items()}
+    while sum(kept.values()) > _LARGEST_KEPT * own:
+        smaller = {
+            i: _best({way: found[way] for way in found if way.n_kept < chosen[i].n_kept})
+            for i, found in seconds.items()
+            if kept[i]
+        }
+        saved = {i: seconds[i][way] - seconds[i][chosen[i]] for i, way in smaller.items()}
+        freed = {i: kept[i] - program.bytes_kept(i, way) for i, way in smaller.items()}
+        least = min(smaller, key=lambda i: saved[i] / freed[i])
+        chosen[least] = smaller[least]
+        kept[least] -= freed[least]
+    return chosen
+
+
+def _is_thinkable(step: Step, way: Algorithm) -> bool:
+    """Whether a way need be tried: F(4,3) fetches four times the weights, which a few tiles cannot make up for."""
+    assert step.output is not None and step.output.size is not None
+    n_tiles = math.prod(-(-extent // 4) for extent in step.output.size)
+    return way is not Algorithm.WINOGRAD_4 or n_tiles > _FEW_TILES
+
+
+def _set(program: Program, ways: Mapping[int, Algorithm]) -> None:
+    for i, way in ways.items():
+        program.set_algorithm(i, way)
 
 
 def _key(step: Step) -> str:
@@ -86,9 +128,9 @@ def _key(step: Step) -> str:
     return f"{cpu_name()} {kernels} {torch.get_num_threads()} threads: {layer} {parts}"
 
 
-def _measured(program: Program, candidates: list[_Candidate]) -> dict[str, str]:
-    """The name of the fastest way by key."""
-    return {key: name for group in _groups(program, candidates) for key, name in _measure(program, group).items()}
+def _measured(program: Program, candidates: list[_Candidate]) -> dict[str, Seconds]:
+    """The seconds of each way by key."""
+    return {key: found for group in _groups(program, candidates) for key, found in _measure(program, group).items()}
 
 
 def _groups(program: Program, candidates: list[_Candidate]) -> Iterator[list[_Candidate]]:
@@ -106,8 +148,8 @@ def _groups(program: Program, candidates: list[_Candidate]) -> Iterator[list[_Ca
 
 
 @torch.no_grad()
-def _measure(program: Program, group: list[_Candidate]) -> dict[str, str]:
-    """The same for candidates that are measured together: by the shortest time over a few rounds."""
+def _measure(program: Program, group: list[_Candidate]) -> dict[str, Seconds]:
+    """The same for candidates that are measured together: the shortest time over a few rounds."""
     # Else each round would make them again.
     kept = [program.weights_for(candidate.step, way) for candidate in group for way in candidate.ways]
     best = {candidate.key: dict.fromkeys(candidate.ways, float("inf")) for candidate in group}
@@ -116,24 +158,20 @@ def _measure(program: Program, group: list[_Candidate]) -> dict[str, str]:
     with program.workspace() as workspace:
         for turn in range(_N_ROUNDS * max(len(candidate.ways) for candidate in group)):
             chosen = {candidate: candidate.ways[turn % len(candidate.ways)] for candidate in group}
-            _set(program, {candidate.step: way.name for candidate, way in chosen.items()})
+            _set(program, {candidate.step: way for candidate, way in chosen.items()})
             run = TimedRun(program, workspace, image, gates)
             run.result(program.schedule)
             for candidate, way in chosen.items():
                 seconds, _ = run.times[candidate.step]
                 best[candidate.key][way] = min(best[candidate.key][way], seconds)
     del kept
-    names = {key: _best(times).name for key, times in best.items()}
-    _set(program, {candidate.step: names[candidate.key] for candidate in group})  # lets go of the others' weights
-    return names
-
-
-def _best(seconds: Mapping[Algorithm, float]) -> Algorithm:
-    return min(seconds, key=lambda way: seconds[way] * (_WINOGRAD_GAIN if way.is_winograd else 1.0))
+    # Lets go of the others' weights.
+    _set(program, {candidate.step: _best(best[candidate.key]) for candidate in group})
+    return best
 
 
 def cache_file() -> Path | None:
-    """Where measured choices are kept, None if nowhere."""
+    """Where measured times are kept, None if nowhere."""
     given = os.environ.get(CACHE_VARIABLE)
     if given == "":
         return None
@@ -141,25 +179,33 @@ def cache_file() -> Path | None:
     return directory / "algorithms.json"
 
 
-def _read(path: Path | None) -> dict[str, str]:
-    """Choices by key; empty if there is no file, or one that somebody else wrote."""
+def _read(path: Path | None) -> dict[str, Seconds]:
+    """Seconds of each way by key; empty if there is no file, or one that somebody else wrote."""
     try:
         found = json.loads(path.read_text()) if path is not None else {}
     except (OSError, ValueError):
         return {}
     if not isinstance(found, dict):
         return {}
-    return {str(key): str(name) for key, name in found.items() if name in Algorithm.__members__}
+    return {str(key): seconds for key, value in found.items() if (seconds := _parsed(value))}
 
 
-def _write(path: Path | None, measured: dict[str, str]) -> None:
-    """Add choices to the file. Another process may do the same: the file is replaced in one piece."""
+def _parsed(value: Any) -> Seconds:
+    """What the file says of one layer; empty if that is something else."""
+    if not isinstance(value, dict) or not all(isinstance(x, float) for x in value.values()):
+        return {}
+    return {Algorithm[name]: x for name, x in value.items() if name in Algorithm.__members__}
+
+
+def _write(path: Path | None, measured: dict[str, Seconds]) -> None:
+    """Add measurements to the file. Another process may do the same: the file is replaced in one piece."""
     if path is None:
         return
+    content = {key: {way.name: x for way, x in found.items()} for key, found in (_read(path) | measured).items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump({**_read(path), **measured}, file, indent=1, sort_keys=True)
+            json.dump(content, file, indent=1, sort_keys=True)
         Path(file.name).replace(path)
     except OSError:
         pass  # a read-only home: the next process measures again

@@ -606,6 +606,8 @@ float* decouplify_allocate(int64_t n_floats) try {
 
 void decouplify_release(float* data) { decouplify::release(data); }
 
+void decouplify_trim() { decouplify::trim(); }
+
 void decouplify_transform(int32_t algorithm, const float* weight, int32_t n_filters, int32_t n_channels, int32_t kernel,
                           int32_t padding, float* to) {
   chosen->transform(static_cast<decouplify::Algorithm>(algorithm), weight, n_filters, n_channels, kernel, padding, to);

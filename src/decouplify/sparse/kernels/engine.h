@@ -13,7 +13,7 @@
 
 extern "C" {
 
-enum { kAbiVersion = 6 };
+enum { kAbiVersion = 7 };
 
 enum Status : int32_t { kDone = 0, kUndefinedGate = 1, kOutOfMemory = 2 };
 
@@ -77,6 +77,7 @@ DECOUPLIFY_API int32_t decouplify_select(const char* name);
 
 DECOUPLIFY_API float* decouplify_allocate(int64_t n_floats);
 DECOUPLIFY_API void decouplify_release(float* data);
+DECOUPLIFY_API void decouplify_trim();
 // See decouplify::Kernels::transform.
 DECOUPLIFY_API void decouplify_transform(int32_t algorithm, const float* weight, int32_t n_filters, int32_t n_channels,
                                          int32_t kernel, int32_t padding, float* to);

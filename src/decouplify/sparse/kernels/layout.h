@@ -50,6 +50,8 @@ class Buffer {
 // Zeroed memory in huge pages where the system has them; free with release().
 float* allocate(size_t n_floats);
 void release(float* data);
+// Lets the C library return what it keeps of memory that was freed.
+void trim();
 
 // What one run may write to besides its values: private buffers per thread, and some that all threads share.
 struct Scratch {
