@@ -48,10 +48,43 @@ DECOUPLIFY_INLINE TileOutput output_of(const Convolution& conv, const Convolutio
   return {nullptr, nullptr, call.out + plane, adds ? call.residual + plane : nullptr, nullptr, conv.bias[filter]};
 }
 
-// Filters that a tile computes together, as it needs them at vector 0 of their planes.
+// Filters that a tile computes together.
 struct FilterGroup {
   int n;
   TileOutput to[kTileFilters];
+};
+
+// What the tile at hand reads, side by side: in their planes, inputs of many channels fight for the sets of the
+// first-level cache, and nothing foresees the way from one to the next.
+class CopiedTile {
+ public:
+  // Without a buffer there is no copy.
+  CopiedTile(const TileInput& in, Buffer* buffer) : in_(in), copy_(in) {
+    if (buffer == nullptr) return;
+    constexpr int64_t kPlaceFloats = sizeof(Place) / sizeof(float);
+    x_ = buffer->reserve(in.n_channels * (kStride + kPlaceFloats));
+    auto* place = reinterpret_cast<Place*>(x_ + in.n_channels * kStride);
+    for (int i = 0; i < in.n_channels; ++i) place[i] = {i * kStride, in.place[i].column};
+    copy_.place = place;
+  }
+
+  // Vectors [v0, v0 + n) of all channels.
+  TileInput of(int v0, int n) const {
+    TileInput found = copy_;
+    found.x = x_ - int64_t{v0} * kLanes;
+    for (int i = 0; i < in_.n_channels; ++i) {
+      const float* from = in_.x + in_.place[i].offset + in_.tap[0] + int64_t{v0} * kLanes;
+      for (int v = 0; v < n; ++v) store(x_ + i * kStride + v * kLanes, load(from + v * kLanes));
+    }
+    return found;
+  }
+
+ private:
+  static constexpr int64_t kStride = kTileVectors * kLanes;
+
+  const TileInput& in_;
+  TileInput copy_;
+  float* x_ = nullptr;
 };
 
 // The filters [first, first + n) of the call's list, which read the same channels.
@@ -93,28 +126,22 @@ struct DirectJob {
   }
 
   // Group `index` on vectors [v0, v1). fetches: whether weights are met for the first time.
-  void run(const FilterGroup& group, int index, int v0, int v1, bool fetches) const {
-    TileOutput to[kTileFilters];
-    for (int i = 0; i < group.n; ++i) {
-      to[i] = group.to[i];
-      to[i].out += v0 * kLanes;
-      if (to[i].residual != nullptr) to[i].residual += v0 * kLanes;
-    }
-    TileInput in = input;
-    in.x += v0 * kLanes;
-    in.fetches = fetches;
+  void run(const TileInput& in, const FilterGroup& group, int index, int v0, int v1, bool fetches) const {
+    TileAt tile{int64_t{v0} * kLanes, fetches, nothing_ahead(in.x)};
     if (fetches) {
-      in.ahead = stream_of(call.ahead, index, n_filter_groups(), in.n_channels);
+      tile.ahead = stream_of(call.ahead, index, n_filter_groups(), in.n_channels);
       if (in.n_taps > 1) fetch_part(call.ahead, index, n_filter_groups());
     }
-    tile_for(in, group.n, v1 - v0)(in, to, conv.out.mask + v0 * kLanes, conv.activation);
+    tile_for(in.n_taps, fetches, group.n, v1 - v0)(in, group.to, tile, conv.out.mask, conv.activation);
   }
 
   void run_filters_first() const {
     parallel(call.n_threads, n_filter_groups(), [&](int begin, int end, int thread) {
       for (int g = begin; g < end; ++g) {
         const FilterGroup group = group_at(g, thread);
-        for (int tile = 0; tile < n_tiles(); ++tile) run(group, g, tile_start(tile), tile_start(tile + 1), tile == 0);
+        for (int tile = 0; tile < n_tiles(); ++tile) {
+          run(input, group, g, tile_start(tile), tile_start(tile + 1), tile == 0);
+        }
       }
     });
   }
@@ -124,11 +151,17 @@ struct DirectJob {
     const size_t n_bytes = n_filter_groups() * sizeof(FilterGroup);
     auto* groups = reinterpret_cast<FilterGroup*>(scratch.filter_groups[thread].reserve(n_bytes / sizeof(float)));
     for (int g = 0; g < n_filter_groups(); ++g) groups[g] = group_at(g, thread);
+    const bool copies = copies_tiles();
+    const CopiedTile copy(input, copies ? &scratch.transformed[thread] : nullptr);
     for (int tile = begin; tile < end; ++tile) {
       const int v0 = tile_start(tile), v1 = tile_start(tile + 1);
-      for (int g = 0; g < n_filter_groups(); ++g) run(groups[g], g, v0, v1, fetches && tile == begin);
+      const TileInput in = copies ? copy.of(v0, v1 - v0) : input;
+      for (int g = 0; g < n_filter_groups(); ++g) run(in, groups[g], g, v0, v1, fetches && tile == begin);
     }
   }
+
+  // Whether a copy of what a tile reads pays.
+  bool copies_tiles() const { return kLanes <= 8 && input.n_taps == 1 && n_filter_groups() >= 4; }
 
   void run_all() const {
     if (n == 0) return;
@@ -173,7 +206,7 @@ static TileInput tile_input(const Convolution& conv, const ConvolutionCall& call
   const float* x = place_channels(conv, call, taps, places, scratch);
   const int channels_per_group = conv.n_channels / conv.groups;
   for (int i = 0; i < call.n_channels; ++i) places[i].column = call.channels[i] % channels_per_group * taps.n;
-  return {x, places, call.n_channels, taps.offset, taps.n, false, nothing_ahead(x)};
+  return {x, places, call.n_channels, taps.offset, taps.n};
 }
 
 static int n_vectors(const Geometry& g) { return divide_up((g.height - 1) * g.row + g.width, kLanes); }

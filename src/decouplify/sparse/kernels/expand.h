@@ -119,16 +119,13 @@ struct ExpandJob {
       const int filter = call.filters[i];
       TileOutput& o = to[i - n0];
       o.weight = o.next_weight = expand.weight + int64_t{filter} * expand.n_channels * input.n_taps;
-      o.out = band.origin(i - n0) + start;
+      o.out = band.origin(i - n0);
       o.bias = expand.bias[filter];
     }
-    TileInput in = input;
-    in.x += start;
-    const int32_t* mask = window.in.mask + start;
-    for (int v = 0; v < n_tile; v += kTileVectors) {
-      tile_for(in, n1 - n0, smaller(kTileVectors, n_tile - v))(in, to, mask, expand.activation);
-      in.x += kTileVectors * kLanes, mask += kTileVectors * kLanes;
-      for (int i = 0; i < n1 - n0; ++i) to[i].out += kTileVectors * kLanes;
+    TileAt tile{start, false, nothing_ahead(input.x)};
+    for (int v = 0; v < n_tile; v += kTileVectors, tile.first += kTileVectors * kLanes) {
+      const TileFunction run = tile_for(input.n_taps, false, n1 - n0, smaller(kTileVectors, n_tile - v));
+      run(input, to, tile, window.in.mask, expand.activation);
     }
   }
 

@@ -34,20 +34,16 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, const Meanwhile& mea
   for (int n = 0; n < NB; ++n) weight[n] = factors.weights[n];
   const float* x = factors.x + int64_t{progress.channel} * NV * kLanes;
   const int32_t* columns = factors.columns + progress.channel;
-  RowsAhead<false> next_rows(NB, factors.n_channels, end > 0 ? factors.columns[factors.n_channels - 1] + 1 : 0);
-  RowsAhead<true> outputs(NB, factors.n_channels, meanwhile.n_outputs);
+  RowsAhead<NB, false> next_rows(factors.n_channels, end > 0 ? factors.columns[factors.n_channels - 1] + 1 : 0);
+  RowsAhead<NB, true> outputs(factors.n_channels, meanwhile.n_outputs);
   if (FETCH) {
     memcpy(next_rows.row, meanwhile.next_weights, NB * sizeof(float*));
     if (OUTPUTS) memcpy(outputs.row, meanwhile.outputs, NB * sizeof(float*));
   }
   Stream ahead = progress.ahead;
-  for (int c = progress.channel; c < end; ++c, ++columns, x += NV * kLanes) {
+  int c = progress.channel;
+  const auto add_next = [&]() DECOUPLIFY_INLINE_LAMBDA {
     const int64_t column = *columns;
-    if (FETCH) {
-      next_rows.fetch(c);
-      if (OUTPUTS) outputs.fetch(c);
-      ahead.fetch();
-    }
     Vec value[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
@@ -57,7 +53,16 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, const Meanwhile& mea
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
     }
+    ++c, ++columns, x += NV * kLanes;
+  };
+  while (FETCH && c + kChannelsAtOnce <= end) {
+    next_rows.fetch(c);
+    if (OUTPUTS) outputs.fetch(c);
+    ahead.fetch(kChannelsAtOnce);
+#pragma GCC unroll 1  // more would need more registers than there are
+    for (int i = 0; i < kChannelsAtOnce; ++i) add_next();
   }
+  while (c < end) add_next();
   progress = {end, ahead};
 }
 

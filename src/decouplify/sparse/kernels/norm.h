@@ -42,8 +42,9 @@ struct LayerNorm {
       Vec centred[NV];
       for (int v = 0; v < NV; ++v) centred[v] = (exists ? load(x + v * kLanes) - mean[v] : -mean[v]) * scale[v];
       for (int v = 0; v < NV; ++v) centred[v] = centred[v] * norm.weight[c] + norm.bias[c];
-      const TileOutput to{nullptr, nullptr, call.out + c * norm.geometry.plane + at, nullptr, sums.of(thread, c), 0};
-      finish_row<NV>(centred, to, norm.geometry.mask + position, [](Vec x) { return x; });
+      float* out = call.out + c * norm.geometry.plane + norm.geometry.origin;
+      const TileOutput to{nullptr, nullptr, out, nullptr, sums.of(thread, c), 0};
+      finish_row<NV>(centred, to, position, norm.geometry.mask, [](Vec x) { return x; });
     }
   }
 

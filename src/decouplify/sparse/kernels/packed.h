@@ -187,7 +187,7 @@ struct PackedJob {
     const float* outputs[kMostFilters];
     for (int i = n0; i < n1; ++i) outputs[i - n0] = output_of(conv, call, call.filters[i]).out + first;
     // Where there are more lines than channels, or nothing is fetched by and by, all at once.
-    const bool by_and_by = fetches && n_outputs * (n1 - n0) <= int64_t{input.n_rows()} * kFloatsPerLine;
+    const bool by_and_by = fetches && n_outputs * (n1 - n0) <= input.n_rows() / kChannelsAtOnce * kFloatsPerLine;
     for (int i = 0; i < n1 - n0 && !by_and_by; ++i) fetch_to_write(outputs[i], n_outputs);
     input.multiply(tile, n0, n1, fetches, ahead, outputs, by_and_by ? n_outputs : 0, products);
     for (int i = n0; i < n1; ++i) {

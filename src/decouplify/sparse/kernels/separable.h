@@ -92,7 +92,7 @@ class SeparableJob {
       });
     }
     static constexpr int64_t kPoint[1] = {0};
-    const TileInput in{origin, places, n, kPoint, 1, false, nothing_ahead(memory)};
+    const TileInput in{origin, places, n, kPoint, 1};
     const int n_filters = layers_.outer.n_filters;
     const DirectJob job{layers_.project, layers_.outer, sums_, in, 0, n_filters, rows.v0, rows.v1, scratch_};
     job.run_tiles(0, job.n_tiles(), is_first, thread);

@@ -9,7 +9,7 @@ namespace decouplify::DECOUPLIFY_ISA {
 DECOUPLIFY_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 // Where part i of n tasks in `parts` parts starts: 32 filters in 6 parts are 5 or 6 each, never five times 6 and a 2.
 DECOUPLIFY_INLINE int part(int n, int parts, int i) { return static_cast<int>(int64_t{n} * i / parts); }
-DECOUPLIFY_INLINE int divide_up(int n, int by) { return (n + by - 1) / by; }
+DECOUPLIFY_INLINE constexpr int divide_up(int n, int by) { return (n + by - 1) / by; }
 
 DECOUPLIFY_INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (exponential(-x) + 1.0f); }
 
@@ -63,9 +63,9 @@ struct Stream {
   const char* at;
   int64_t step;  // bytes per channel
 
-  void DECOUPLIFY_INLINE_MEMBER fetch() {
-    __builtin_prefetch(at, 0, 2);
-    at += step;
+  void DECOUPLIFY_INLINE_MEMBER fetch(int n_channels) {
+    for (int i = 0; i < n_channels; ++i) __builtin_prefetch(at + i * step, 0, 2);
+    at += n_channels * step;
   }
 };
 
@@ -105,21 +105,26 @@ struct Place {
   int64_t offset, column;
 };
 
-// The positions of one tile, for all channels: x + place[c].offset + tap[t] is the first input it needs.
+// What all tiles read, at position 0: x + place[c].offset + tap[t] is the first input of channel c.
 struct TileInput {
   const float* x;
   const Place* place;
   int n_channels;
   const int64_t* tap;
   int n_taps;
-  bool fetches;  // whether weights of the next tile, and what comes after them, are fetched meanwhile (1x1 only)
+};
+
+// The positions of one tile.
+struct TileAt {
+  int64_t first;
+  bool fetches;  // whether weights of the next filters, and what comes after them, are fetched meanwhile (1x1 only)
   Stream ahead;
 };
 
-// Where one filter's part of a tile goes.
+// Where what one filter computes goes, at position 0.
 struct TileOutput {
   const float* weight;
-  const float* next_weight;  // of a filter of the next tile, which will be wanted soon
+  const float* next_weight;  // of a filter that will be wanted soon
   float* out;
   const float* residual;  // or null
   float* partial_sum;     // one vector, or null
@@ -128,16 +133,19 @@ struct TileOutput {
 
 // out = activation(acc + residual) on pixels and zero on border positions. Sums start from the bias.
 template <int NV, class Activate>
-DECOUPLIFY_INLINE void finish_row(const Vec (&acc)[NV], const TileOutput& to, const int32_t* mask,
+DECOUPLIFY_INLINE void finish_row(const Vec (&acc)[NV], const TileOutput& to, int64_t at, const int32_t* mask,
                                   const Activate& activate) {
   Vec total{};
+  // Copies, for the compiler must take a store for a change of what `to` holds.
+  const float* const residual = to.residual;
+  float* const out = to.out;
 #pragma GCC unroll 8
-  for (int v = 0; v < NV; ++v) {
+  for (int v = 0; v < NV; ++v, at += kLanes) {
     Vec y = acc[v];
-    if (to.residual != nullptr) y += load(to.residual + v * kLanes);
-    y = keep(activate(y), (Mask)load(reinterpret_cast<const float*>(mask) + v * kLanes));
+    if (residual != nullptr) y += load(residual + at);
+    y = keep(activate(y), (Mask)load(reinterpret_cast<const float*>(mask) + at));
     total += y;
-    store(to.out + v * kLanes, y);
+    store(out + at, y);
   }
   if (to.partial_sum != nullptr) store(to.partial_sum, load(to.partial_sum) + total);
 }
@@ -151,43 +159,52 @@ struct TileProgress {
   Stream ahead;
 };
 
-// Rows of memory that are fetched while a tile is computed, a little with every channel: line after line and row after
-// row, for the hardware runs ahead of whoever reads in order.
-template <bool TO_WRITE>
+// How many channels a tile computes between two looks at what to fetch meanwhile: looking takes as long as half a channel.
+constexpr int kChannelsAtOnce = 4;
+
+// N rows of memory that are fetched while a tile is computed, a little with every few channels: line after line and row
+// after row, for the hardware runs ahead of whoever reads in order.
+template <int N, bool TO_WRITE>
 struct RowsAhead {
-  static constexpr int kMostRows = 8;
-  const float* row[kMostRows];
-  uint32_t per_channel;  // rows, times 2^16
-  uint32_t length;       // floats of a row
+  // Weights of half of the channels, side by side, are so many lines in as many channels; outputs are fewer.
+  static constexpr int kLines = TO_WRITE ? 1 : divide_up(N * 2 * kChannelsAtOnce, kFloatsPerLine);
+  const float* row[N];
+  uint32_t per_line;  // rows, times 2^16
+  uint32_t length;    // floats of a row
 
-  RowsAhead(int n_rows, int n_channels, int64_t length)
-      : per_channel((uint32_t(n_rows) << 16) / (n_channels > 0 ? n_channels : 1)), length(length) {}
+  RowsAhead(int n_channels, int64_t length)
+      : per_line((uint32_t{N} << 16) / (n_channels / kChannelsAtOnce * kLines + 1)), length(length) {}
 
+  // What is due at a channel, of which there is one in every kChannelsAtOnce.
   void DECOUPLIFY_INLINE_MEMBER fetch(int channel) const {
-    const uint32_t at = channel * per_channel;
-    const float* next = row[at >> 16] + ((at & 0xffff) * length >> 16);
-    TO_WRITE ? __builtin_prefetch(next, 1) : __builtin_prefetch(next, 0, 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < kLines; ++i) {
+      const uint32_t at = (channel / kChannelsAtOnce * kLines + i) * per_line;
+      const float* next = row[at >> 16] + ((at & 0xffff) * length >> 16);
+      TO_WRITE ? __builtin_prefetch(next, 1) : __builtin_prefetch(next, 0, 2);
+    }
   }
 };
 
-// acc[filter][vector] += the products of channels up to `end`. FETCH: see TileInput::fetches; it takes time, which only
+// acc[filter][vector] += the products of channels up to `end`. FETCH: see TileAt::fetches; it takes time, which only
 // weights that are not in the cache are worth.
 template <int TAPS, bool FETCH, int NB, int NV>
-DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, int end, TileProgress& progress,
-                                    Vec (&acc)[NB][NV]) {
+DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, int64_t at, int end,
+                                    TileProgress& progress, Vec (&acc)[NB][NV]) {
   const float* weight[NB];
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) weight[n] = to[n].weight;
-  RowsAhead<false> next_rows(NB, in.n_channels, FETCH && end > 0 ? in.place[in.n_channels - 1].column + 1 : 0);
+  RowsAhead<NB, false> next_rows(in.n_channels, FETCH && end > 0 ? in.place[in.n_channels - 1].column + 1 : 0);
   if (FETCH) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) next_rows.row[n] = to[n].next_weight;
   }
   const int n_taps = TAPS > 0 ? TAPS : in.n_taps;
-  const float* first = in.x;
+  const float* first = in.x + at;
   Stream ahead = progress.ahead;
   const Place* place = in.place + progress.channel;
-  for (int c = progress.channel; c < end; ++c, ++place) {
+  int c = progress.channel;
+  const auto add_next = [&]() DECOUPLIFY_INLINE_LAMBDA {
     const float* x0 = first + place->offset;
     const int64_t column = place->column;
     if (TAPS == 9) {
@@ -195,10 +212,6 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
       const int64_t next = place[c + 1 < in.n_channels].column;
 #pragma GCC unroll 8
       for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + next);
-    }
-    if (FETCH) {
-      next_rows.fetch(c);
-      ahead.fetch();
     }
 #pragma GCC unroll 9
     for (int t = 0; t < n_taps; ++t) {
@@ -213,17 +226,25 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
         for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
       }
     }
+    ++c, ++place;
+  };
+  while (FETCH && c + kChannelsAtOnce <= end) {
+    next_rows.fetch(c);
+    ahead.fetch(kChannelsAtOnce);
+#pragma GCC unroll 1  // more would need more registers than there are
+    for (int i = 0; i < kChannelsAtOnce; ++i) add_next();
   }
+  while (c < end) add_next();
   progress = {end, ahead};
 }
 
 // The same for a part of a long sum. Never inlined: two sets of sums do not fit the registers, and moving them about
 // would take short sums as long as a dozen channels.
 template <int TAPS, bool FETCH, int NB, int NV>
-__attribute__((noinline)) static void add_part(const TileInput& in, const TileOutput* to, int end,
+__attribute__((noinline)) static void add_part(const TileInput& in, const TileOutput* to, int64_t at, int end,
                                                TileProgress& progress, Vec (&total)[NB][NV]) {
   Vec acc[NB][NV] = {};
-  add_channels<TAPS, FETCH>(in, to, end, progress, acc);
+  add_channels<TAPS, FETCH>(in, to, at, end, progress, acc);
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) {
 #pragma GCC unroll 8
@@ -233,7 +254,8 @@ __attribute__((noinline)) static void add_part(const TileInput& in, const TileOu
 
 // TAPS is the number of taps per channel, 0 for a number known at run time only.
 template <int TAPS, bool FETCH, int NB, int NV>
-static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* mask, const Activation& activation) {
+static void run_tile(const TileInput& in, const TileOutput* to, const TileAt& tile, const int32_t* mask,
+                     const Activation& activation) {
   Vec acc[NB][NV];
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) {
@@ -245,27 +267,31 @@ static void run_tile(const TileInput& in, const TileOutput* to, const int32_t* m
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) {
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) __builtin_prefetch((to[n].residual ? to[n].residual : to[n].out) + v * kLanes, 1);
+      for (int v = 0; v < NV; ++v) {
+        __builtin_prefetch((to[n].residual ? to[n].residual : to[n].out) + tile.first + v * kLanes, 1);
+      }
     }
   }
   const int n_at_once = TAPS > 0 ? kLongestSum / TAPS : 1 + kLongestSum / in.n_taps;
-  TileProgress progress{0, in.ahead};
-  add_channels<TAPS, FETCH>(in, to, smaller(in.n_channels, n_at_once), progress, acc);
+  TileProgress progress{0, tile.ahead};
+  add_channels<TAPS, FETCH>(in, to, tile.first, smaller(in.n_channels, n_at_once), progress, acc);
   if (in.n_channels > n_at_once) {
     Vec total[NB][NV];
     memcpy(total, acc, sizeof(acc));
     while (progress.channel < in.n_channels) {
-      add_part<TAPS, FETCH>(in, to, smaller(in.n_channels, progress.channel + n_at_once), progress, total);
+      const int end = smaller(in.n_channels, progress.channel + n_at_once);
+      add_part<TAPS, FETCH>(in, to, tile.first, end, progress, total);
     }
     memcpy(acc, total, sizeof(acc));
   }
   with_activation(activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
 #pragma GCC unroll 8
-    for (int n = 0; n < NB; ++n) finish_row<NV>(acc[n], to[n], mask, activate);
+    for (int n = 0; n < NB; ++n) finish_row<NV>(acc[n], to[n], tile.first, mask, activate);
   });
 }
 
-using TileFunction = void (*)(const TileInput&, const TileOutput*, const int32_t*, const Activation&);
+using TileFunction = void (*)(const TileInput&, const TileOutput*, const TileAt&, const int32_t* mask,
+                              const Activation&);
 
 template <int TAPS, bool FETCH, int NB, int... V>
 constexpr TileFunction tile_for(int n_vectors, std::integer_sequence<int, V...>) {
@@ -282,11 +308,11 @@ static TileFunction tile_for(int n_filters, int n_vectors, std::integer_sequence
 }
 
 // The tile for 1 <= n_filters <= kTileFilters and 1 <= n_vectors <= kTileVectors.
-static TileFunction tile_for(const TileInput& in, int n_filters, int n_vectors) {
+static TileFunction tile_for(int n_taps, bool fetches, int n_filters, int n_vectors) {
   using Filters = std::make_integer_sequence<int, kTileFilters>;
-  if (in.n_taps == 1 && in.fetches) return tile_for<1, true>(n_filters, n_vectors, Filters{});
-  if (in.n_taps == 1) return tile_for<1, false>(n_filters, n_vectors, Filters{});
-  if (in.n_taps == 9) return tile_for<9, false>(n_filters, n_vectors, Filters{});
+  if (n_taps == 1 && fetches) return tile_for<1, true>(n_filters, n_vectors, Filters{});
+  if (n_taps == 1) return tile_for<1, false>(n_filters, n_vectors, Filters{});
+  if (n_taps == 9) return tile_for<9, false>(n_filters, n_vectors, Filters{});
   return tile_for<0, false>(n_filters, n_vectors, Filters{});
 }
 

@@ -37,12 +37,12 @@ DECOUPLIFY_INLINE void slide_tile(const WindowInput& in, const Window& window, i
 }
 
 template <WindowKind KIND, int NV>
-DECOUPLIFY_INLINE void slide_and_finish(const WindowInput& in, const Window& window, int64_t at, TileOutput to) {
+DECOUPLIFY_INLINE void slide_and_finish(const WindowInput& in, const Window& window, int64_t at,
+                                        const TileOutput& to) {
   Vec acc[NV];
   slide_tile<KIND, NV>(in, window, at, to.bias, acc);
-  to.out += at;
   with_activation(window.activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
-    finish_row<NV>(acc, to, window.out.mask + at, activate);
+    finish_row<NV>(acc, to, at, window.out.mask, activate);
   });
 }
 
