@@ -156,6 +156,7 @@ def test_every_algorithm_gives_the_same_network(algorithm: Algorithm) -> None:
     assert relative_error(run(fast, images)[0], run(model, images)[0]) <= 1e-5
 
 
+@needs_engine
 @pytest.mark.parametrize("name", ["Plain", "ParallelBranches"])
 def test_threads_and_batches_change_nothing(name: str) -> None:
     _, fast = sparse(name)
@@ -200,6 +201,7 @@ def test_a_path_leaves_nothing_behind_for_the_next_image() -> None:
     assert torch.equal(run(fast, image)[0], first)
 
 
+@needs_engine
 def test_an_undefined_image_in_a_batch_stays_alone() -> None:
     _, fast = sparse("Plain")
     images = random_images(3)
