@@ -16,6 +16,16 @@ DECOUPLIFY_INLINE void parallel(int n_threads, int n_tasks, F&& f) {
   run_parallel(n_threads, n_tasks, call, &f);
 }
 
+// Calls f(tile0, tile1, group0, group1, thread) so that every tile meets every group of filters. Threads share the
+// tiles, or the groups where there are few tiles.
+template <class F>
+DECOUPLIFY_INLINE void share(int n_threads, int n_tiles, int n_groups, F&& f) {
+  const bool shares_groups = n_tiles < 2 * n_threads;
+  parallel(n_threads, shares_groups ? n_groups : n_tiles, [&](int begin, int end, int thread) {
+    shares_groups ? f(0, n_tiles, begin, end, thread) : f(begin, end, 0, n_groups, thread);
+  });
+}
+
 // Sums over the pixels of each filter, one vector per thread and filter until every tile is done.
 class PixelSums {
  public:
@@ -104,11 +114,16 @@ struct DirectJob {
   int tile_start(int tile) const { return v_first + part(v_end - v_first, n_tiles(), tile); }
   int n_filter_groups() const { return divide_up(n, kTileFilters); }
 
-  // Weights that do not stay in the cache are better read once than once per tile of pixels.
-  bool filters_first() const {
+  // Groups of filters that all tiles meet before the next ones. Weights that do not stay in the second-level cache are
+  // better read once than once per tile, unless a copied tile is read in order and computed for as long as they take.
+  int groups_at_once() const {
     const int64_t n_input = int64_t{input.n_channels} * conv.in.plane, n_weights = n * input.n_channels * input.n_taps;
-    return n_input * sizeof(float) < (600 << 10) && n_weights * sizeof(float) > (256 << 10);
+    const bool weights_last = n_input * sizeof(float) < (600 << 10) && n_weights * sizeof(float) > (256 << 10);
+    return weights_last && !can_copy() ? 1 : n_filter_groups();
   }
+
+  // Whether tiles may copy what they read, where their vectors are short enough for that to be a small part of them.
+  bool can_copy() const { return kLanes <= 8 && input.n_taps == 1; }
 
   FilterGroup group_at(int group, int thread) const {
     const int n0 = part(n, n_filter_groups(), group), n1 = part(n, n_filter_groups(), group + 1);
@@ -135,38 +150,32 @@ struct DirectJob {
     tile_for(in.n_taps, fetches, group.n, v1 - v0)(in, group.to, tile, conv.out.mask, conv.activation);
   }
 
-  void run_filters_first() const {
-    parallel(call.n_threads, n_filter_groups(), [&](int begin, int end, int thread) {
-      for (int g = begin; g < end; ++g) {
-        const FilterGroup group = group_at(g, thread);
-        for (int tile = 0; tile < n_tiles(); ++tile) {
-          run(input, group, g, tile_start(tile), tile_start(tile + 1), tile == 0);
-        }
-      }
-    });
-  }
-
-  // Tiles [begin, end), each with all filters.
-  void run_tiles(int begin, int end, bool fetches, int thread) const {
-    const size_t n_bytes = n_filter_groups() * sizeof(FilterGroup);
-    auto* groups = reinterpret_cast<FilterGroup*>(scratch.filter_groups[thread].reserve(n_bytes / sizeof(float)));
-    for (int g = 0; g < n_filter_groups(); ++g) groups[g] = group_at(g, thread);
-    const bool copies = copies_tiles();
+  // Tiles [tile0, tile1) with groups [group0, group1). fetches: whether weights are not known to be in the cache.
+  void run(int tile0, int tile1, int group0, int group1, bool fetches, int thread) const {
+    const int most = smaller(groups_at_once(), group1 - group0);
+    auto* groups = reserve_groups(most, thread);
+    const bool copies = can_copy() && most >= 4;
     const CopiedTile copy(input, copies ? &scratch.transformed[thread] : nullptr);
-    for (int tile = begin; tile < end; ++tile) {
-      const int v0 = tile_start(tile), v1 = tile_start(tile + 1);
-      const TileInput in = copies ? copy.of(v0, v1 - v0) : input;
-      for (int g = 0; g < n_filter_groups(); ++g) run(in, groups[g], g, v0, v1, fetches && tile == begin);
+    for (int begin = group0; begin < group1; begin += most) {
+      const int end = smaller(begin + most, group1);
+      for (int g = begin; g < end; ++g) groups[g - begin] = group_at(g, thread);
+      for (int tile = tile0; tile < tile1; ++tile) {
+        const int v0 = tile_start(tile), v1 = tile_start(tile + 1);
+        const TileInput in = copies ? copy.of(v0, v1 - v0) : input;
+        for (int g = begin; g < end; ++g) run(in, groups[g - begin], g, v0, v1, fetches && tile == tile0);
+      }
     }
   }
 
-  // Whether a copy of what a tile reads pays.
-  bool copies_tiles() const { return kLanes <= 8 && input.n_taps == 1 && n_filter_groups() >= 4; }
+  FilterGroup* reserve_groups(int n, int thread) const {
+    return reinterpret_cast<FilterGroup*>(scratch.filter_groups[thread].reserve(n * sizeof(FilterGroup) / sizeof(float)));
+  }
 
   void run_all() const {
     if (n == 0) return;
-    if (filters_first() || n_tiles() < 2 * call.n_threads) return run_filters_first();
-    parallel(call.n_threads, n_tiles(), [&](int begin, int end, int thread) { run_tiles(begin, end, true, thread); });
+    share(call.n_threads, n_tiles(), n_filter_groups(), [&](int tile0, int tile1, int group0, int group1, int thread) {
+      run(tile0, tile1, group0, group1, true, thread);
+    });
   }
 };
 

@@ -13,6 +13,9 @@ namespace decouplify::DECOUPLIFY_ISA {
 // Where the products of one filter and tile lie: whole vectors, the remaining pixels, and a vector that reads may touch.
 constexpr int kProductFloats = (kTileVectors + 2) * kLanes;
 
+// Dot products that are computed together: filters times pixels.
+constexpr int kRestFilters = 4, kRestPixels = kTileVectors == 4 ? 4 : 2;
+
 // Pixels beyond the last full vector, if dot products are the better way to them.
 static int n_rest_pixels(int n_pixels, int n_rows, int64_t n_weights) {
   constexpr int kAcross = 24;  // a sum across lanes takes as long as this many products
@@ -63,7 +66,7 @@ class PackedInput {
     const MultiplyFunction run = fetches ? multiply_for<true, true>(n1 - n0, n) : multiply_for<false, true>(n1 - n0, n);
     run({inputs, columns_, weights, n_rows()}, {next_weights, ahead, outputs, n_outputs}, products, kProductFloats);
     if (n_rest_ == 0 || tile + 1 < n_tiles()) return;
-    for (int i = 0; i < n1 - n0; ++i) add_rest(weights[i], products + i * kProductFloats + n * kLanes);
+    multiply_rest(weights, n1 - n0, products + n * kLanes);
   }
 
  private:
@@ -120,10 +123,47 @@ class PackedInput {
     }
   }
 
-  // The dot products of the remaining pixels.
-  void add_rest(const float* weight, float* to) const {
-    for (int i = 0; i < n_rest_; ++i) {
-      to[i] = dot(weight, rest_ + i * n_weights(), n_weights());
+  // The dot products of the remaining pixels with the weights of n filters.
+  void multiply_rest(const float* const* weights, int n, float* products) const {
+    for (int f = 0; f < n; f += kRestFilters) {
+      const float* rows[kRestFilters];
+      for (int i = 0; i < kRestFilters; ++i) rows[i] = weights[smaller(f + i, n - 1)];
+      const int n_filters = smaller(n - f, kRestFilters);
+      float* to = products + f * kProductFloats;
+      for (int p = 0; p < n_rest_;) {
+        const bool several = p + kRestPixels <= n_rest_;
+        several ? add_dots<kRestPixels>(rows, n_filters, p, to) : add_dots<1>(rows, n_filters, p, to);
+        p += several ? kRestPixels : 1;
+      }
+    }
+  }
+
+  // Those of N pixels from `pixel` on; there are always kRestFilters rows.
+  template <int N>
+  void add_dots(const float* const* rows, int n_filters, int pixel, float* to) const {
+    const int64_t n = n_weights();
+    const float* x = rest_ + pixel * n;
+    Vec acc[N][kRestFilters] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      Vec w[kRestFilters];
+#pragma GCC unroll 4
+      for (int f = 0; f < kRestFilters; ++f) w[f] = load(rows[f] + i);
+#pragma GCC unroll 4
+      for (int p = 0; p < N; ++p) {
+        const Vec value = load(x + p * n + i);
+#pragma GCC unroll 4
+        for (int f = 0; f < kRestFilters; ++f) acc[p][f] += w[f] * value;
+      }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < N; ++p) {
+      const Vec totals = sums_of(acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
+      for (int f = 0; f < n_filters; ++f) {
+        float total = totals[f];
+        for (int64_t k = i; k < n; ++k) total += rows[f][k] * x[p * n + k];
+        to[f * kProductFloats + pixel + p] = total;
+      }
     }
   }
 
@@ -163,26 +203,28 @@ struct PackedJob {
   const PixelSums& sums;
   const PackedInput& input;
 
-  void run() const {
-    const int n_groups = divide_up(call.n_filters, input.filters_at_once()), n_tiles = input.n_tiles();
-    const bool share_filters = n_tiles < 2 * call.n_threads;
-    parallel(call.n_threads, share_filters ? n_groups : n_tiles, [&](int begin, int end, int thread) {
-      // A tile of inputs stays in the cache while the weights pass by.
-      const int tile0 = share_filters ? 0 : begin, tile1 = share_filters ? n_tiles : end;
-      const int group0 = share_filters ? begin : 0, group1 = share_filters ? end : n_groups;
-      for (int tile = tile0; tile < tile1; ++tile) {
-        for (int group = group0; group < group1; ++group) {
-          const int n0 = part(call.n_filters, n_groups, group), n1 = part(call.n_filters, n_groups, group + 1);
-          const Stream ahead = stream_of(call.ahead, group, n_groups, input.n_rows());
-          run_group(tile, n0, n1, tile == tile0, ahead, thread);
-        }
-      }
+  int n_groups() const { return divide_up(call.n_filters, input.filters_at_once()); }
+
+  void run_all() const {
+    share(call.n_threads, input.n_tiles(), n_groups(), [&](int tile0, int tile1, int group0, int group1, int thread) {
+      run(tile0, tile1, group0, group1, thread);
     });
   }
 
-  void run_group(int tile, int n0, int n1, bool fetches, Stream ahead, int thread) const {
+  void run(int tile0, int tile1, int group0, int group1, int thread) const {
+    // A tile of inputs stays in the cache while the weights pass by.
+    for (int tile = tile0; tile < tile1; ++tile) {
+      const int64_t first = input.first_pixel(tile) / conv.out.width * conv.out.row;
+      for (int group = group0; group < group1; ++group) run_group(tile, first, group, tile == tile0, thread);
+    }
+  }
+
+  // `first`: the first position of the tile in an output plane.
+  void run_group(int tile, int64_t first, int group, bool fetches, int thread) const {
     alignas(64) float products[kMostFilters * kProductFloats];
-    const int64_t first = input.first_pixel(tile) / conv.out.width * conv.out.row;
+    const int n0 = part(call.n_filters, n_groups(), group), n1 = part(call.n_filters, n_groups(), group + 1);
+    const Stream ahead =
+        fetches ? stream_of(call.ahead, group, n_groups(), input.n_rows()) : nothing_ahead(conv.weight);
     const int64_t n_outputs = input.last_chunk(tile)[-1].at + kLanes - first;
     const float* outputs[kMostFilters];
     for (int i = n0; i < n1; ++i) outputs[i - n0] = output_of(conv, call, call.filters[i]).out + first;
@@ -201,7 +243,7 @@ struct PackedJob {
 static void convolve_packed(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
   const PixelSums sums(call, scratch);
   const PackedInput input(conv, call, scratch);
-  PackedJob{conv, call, sums, input}.run();
+  PackedJob{conv, call, sums, input}.run_all();
   sums.finish();
 }
 

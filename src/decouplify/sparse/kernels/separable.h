@@ -95,7 +95,7 @@ class SeparableJob {
     const TileInput in{origin, places, n, kPoint, 1};
     const int n_filters = layers_.outer.n_filters;
     const DirectJob job{layers_.project, layers_.outer, sums_, in, 0, n_filters, rows.v0, rows.v1, scratch_};
-    job.run_tiles(0, job.n_tiles(), is_first, thread);
+    job.run(0, job.n_tiles(), 0, job.n_filter_groups(), is_first, thread);
   }
 
   const Separable& layers_;

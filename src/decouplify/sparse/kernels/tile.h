@@ -6,7 +6,7 @@
 
 namespace decouplify::DECOUPLIFY_ISA {
 
-DECOUPLIFY_INLINE int smaller(int a, int b) { return a < b ? a : b; }
+DECOUPLIFY_INLINE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 // Where part i of n tasks in `parts` parts starts: 32 filters in 6 parts are 5 or 6 each, never five times 6 and a 2.
 DECOUPLIFY_INLINE int part(int n, int parts, int i) { return static_cast<int>(int64_t{n} * i / parts); }
 DECOUPLIFY_INLINE constexpr int divide_up(int n, int by) { return (n + by - 1) / by; }
@@ -160,7 +160,7 @@ struct TileProgress {
 };
 
 // How many channels a tile computes between two looks at what to fetch meanwhile: looking takes as long as half a channel.
-constexpr int kChannelsAtOnce = 4;
+constexpr int kChannelsAtOnce = 8;
 
 // N rows of memory that are fetched while a tile is computed, a little with every few channels: line after line and row
 // after row, for the hardware runs ahead of whoever reads in order.
@@ -177,7 +177,7 @@ struct RowsAhead {
 
   // What is due at a channel, of which there is one in every kChannelsAtOnce.
   void DECOUPLIFY_INLINE_MEMBER fetch(int channel) const {
-#pragma GCC unroll 4
+#pragma GCC unroll 1
     for (int i = 0; i < kLines; ++i) {
       const uint32_t at = (channel / kChannelsAtOnce * kLines + i) * per_line;
       const float* next = row[at >> 16] + ((at & 0xffff) * length >> 16);

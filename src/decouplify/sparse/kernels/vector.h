@@ -145,6 +145,14 @@ DECOUPLIFY_INLINE Vec odds(Vec a, Vec b, std::integer_sequence<int, I...>) {
 DECOUPLIFY_INLINE Vec evens(Vec a, Vec b) { return evens(a, b, std::make_integer_sequence<int, kLanes>{}); }
 DECOUPLIFY_INLINE Vec odds(Vec a, Vec b) { return odds(a, b, std::make_integer_sequence<int, kLanes>{}); }
 
+// The sums over the lanes of four vectors, in this order, in the first four lanes.
+DECOUPLIFY_INLINE Vec sums_of(Vec a, Vec b, Vec c, Vec d) {
+  const auto pairs = [](Vec x, Vec y) DECOUPLIFY_INLINE_LAMBDA { return evens(x, y) + odds(x, y); };
+  Vec v = pairs(pairs(a, b), pairs(c, d));
+  for (int n = kLanes / 4; n > 1; n /= 2) v = pairs(v, v);
+  return v;
+}
+
 // The lower (upper) half of a0 b0 a1 b1 ...
 template <int... I>
 DECOUPLIFY_INLINE Vec zip_low(Vec a, Vec b, std::integer_sequence<int, I...>) {
