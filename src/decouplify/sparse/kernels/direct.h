@@ -26,6 +26,12 @@ DECOUPLIFY_INLINE void share(int n_threads, int n_tiles, int n_groups, F&& f) {
   });
 }
 
+// Groups of filters that all tiles meet before the next ones, so that their weights stay in the second-level cache.
+DECOUPLIFY_INLINE int groups_at_once(int64_t weights_per_group) {
+  constexpr int64_t kWeightsAtOnce = 64 << 10;
+  return static_cast<int>(1 + kWeightsAtOnce / (weights_per_group + 1));
+}
+
 // Sums over the pixels of each filter, one vector per thread and filter until every tile is done.
 class PixelSums {
  public:
@@ -114,12 +120,12 @@ struct DirectJob {
   int tile_start(int tile) const { return v_first + part(v_end - v_first, n_tiles(), tile); }
   int n_filter_groups() const { return divide_up(n, kTileFilters); }
 
-  // Groups of filters that all tiles meet before the next ones. Weights that do not stay in the second-level cache are
-  // better read once than once per tile, unless a copied tile is read in order and computed for as long as they take.
+  // Groups that all tiles meet before the next ones: weights that do not stay in the cache are better read once than
+  // once per tile.
   int groups_at_once() const {
+    if (can_copy()) return DECOUPLIFY_ISA::groups_at_once(weights_per_filter() * kTileFilters);
     const int64_t n_input = int64_t{input.n_channels} * conv.in.plane, n_weights = n * input.n_channels * input.n_taps;
-    const bool weights_last = n_input * sizeof(float) < (600 << 10) && n_weights * sizeof(float) > (256 << 10);
-    return weights_last && !can_copy() ? 1 : n_filter_groups();
+    return n_input * sizeof(float) < (600 << 10) && n_weights * sizeof(float) > (256 << 10) ? 1 : n_filter_groups();
   }
 
   // Whether tiles may copy what they read, where their vectors are short enough for that to be a small part of them.

@@ -38,6 +38,7 @@ class PackedInput {
   }
 
   int n_rows() const { return call_.n_channels * taps_.n; }
+  int64_t n_weights() const { return int64_t{conv_.n_channels} * taps_.n; }
   int n_pixels() const { return conv_.out.height * conv_.out.width; }
   int n_tiles() const { return divide_up(n_vectors(), kTileVectors); }
   int filters_at_once() const { return DECOUPLIFY_ISA::filters_at_once(divide_up(n_vectors(), n_tiles())); }
@@ -70,7 +71,6 @@ class PackedInput {
   }
 
  private:
-  int64_t n_weights() const { return int64_t{conv_.n_channels} * taps_.n; }
   int n_vectors() const { return divide_up(n_pixels() - n_rest_, kLanes); }
   int tile_start(int tile) const { return part(n_vectors(), n_tiles(), tile); }
 
@@ -212,10 +212,13 @@ struct PackedJob {
   }
 
   void run(int tile0, int tile1, int group0, int group1, int thread) const {
-    // A tile of inputs stays in the cache while the weights pass by.
-    for (int tile = tile0; tile < tile1; ++tile) {
-      const int64_t first = input.first_pixel(tile) / conv.out.width * conv.out.row;
-      for (int group = group0; group < group1; ++group) run_group(tile, first, group, tile == tile0, thread);
+    const int most = kLanes > 8 ? n_groups() : groups_at_once(input.n_weights() * input.filters_at_once());
+    for (int begin = group0; begin < group1; begin += most) {
+      const int end = smaller(begin + most, group1);
+      for (int tile = tile0; tile < tile1; ++tile) {
+        const int64_t first = input.first_pixel(tile) / conv.out.width * conv.out.row;
+        for (int group = begin; group < end; ++group) run_group(tile, first, group, tile == tile0, thread);
+      }
     }
   }
 
