@@ -33,7 +33,7 @@ Seconds = dict[Algorithm, float]
 CACHE_VARIABLE = "DECOUPLIFY_CACHE"
 
 #: Raised whenever kernels change so much that choices measured before may be wrong.
-_EDITION = 4
+_EDITION = 5
 _N_ROUNDS = 5
 #: Winograd keeps weights of its own, up to four times as many. A way must be faster by so much than all that keep less.
 _GAIN = 1.05

@@ -26,22 +26,6 @@ struct TapWeights {
   }
 };
 
-// Hides from the compiler what it knows about a value. It would keep an offset per row in a register and, for want of
-// registers, load what is in one again.
-template <class T>
-DECOUPLIFY_INLINE void hide(T*& pointer) {
-  asm("" : "+r"(pointer));
-}
-DECOUPLIFY_INLINE void hide(Vec& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__SSE__)
-  asm("" : "+x"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#endif
-}
-
 // The input under tap t of a row of kLanes outputs.
 template <int STRIDE>
 DECOUPLIFY_INLINE Vec under_tap(const float* row, const float* upper_half, int t) {

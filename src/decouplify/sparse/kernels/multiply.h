@@ -41,7 +41,7 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, const Meanwhile& mea
     if (OUTPUTS) memcpy(outputs.row, meanwhile.outputs, NB * sizeof(float*));
   }
   Stream ahead = progress.ahead;
-  int c = progress.channel;
+  const int32_t* const last = factors.columns + end;
   const auto add_next = [&]() DECOUPLIFY_INLINE_LAMBDA {
     const int64_t column = *columns;
     Vec value[NV];
@@ -53,16 +53,17 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, const Meanwhile& mea
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
     }
-    ++c, ++columns, x += NV * kLanes;
+    ++columns, x += NV * kLanes;
   };
-  while (FETCH && c + kChannelsAtOnce <= end) {
-    next_rows.fetch(c);
-    if (OUTPUTS) outputs.fetch(c);
+  while (FETCH && last - columns >= kChannelsAtOnce) {
+    const int channel = static_cast<int>(columns - factors.columns);
+    next_rows.fetch(channel);
+    if (OUTPUTS) outputs.fetch(channel);
     ahead.fetch(kChannelsAtOnce);
 #pragma GCC unroll 1  // more would need more registers than there are
     for (int i = 0; i < kChannelsAtOnce; ++i) add_next();
   }
-  while (c < end) add_next();
+  while (columns < last) add_next();
   progress = {end, ahead};
 }
 

@@ -203,19 +203,20 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   const float* first = in.x + at;
   Stream ahead = progress.ahead;
   const Place* place = in.place + progress.channel;
-  int c = progress.channel;
+  const Place* const last = in.place + end;
   const auto add_next = [&]() DECOUPLIFY_INLINE_LAMBDA {
     const float* x0 = first + place->offset;
     const int64_t column = place->column;
     if (TAPS == 9) {
       // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
-      const int64_t next = place[c + 1 < in.n_channels].column;
+      const int64_t next = place[place + 1 < in.place + in.n_channels].column;
 #pragma GCC unroll 8
       for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + next);
     }
 #pragma GCC unroll 9
     for (int t = 0; t < n_taps; ++t) {
       const float* x = x0 + in.tap[t];
+      if (TAPS == 1) hide(x);
       Vec value[NV];
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
@@ -226,15 +227,15 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
         for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
       }
     }
-    ++c, ++place;
+    ++place;
   };
-  while (FETCH && c + kChannelsAtOnce <= end) {
-    next_rows.fetch(c);
+  while (FETCH && last - place >= kChannelsAtOnce) {
+    next_rows.fetch(static_cast<int>(place - in.place));
     ahead.fetch(kChannelsAtOnce);
 #pragma GCC unroll 1  // more would need more registers than there are
     for (int i = 0; i < kChannelsAtOnce; ++i) add_next();
   }
-  while (c < end) add_next();
+  while (place < last) add_next();
   progress = {end, ahead};
 }
 

@@ -133,6 +133,22 @@ DECOUPLIFY_INLINE float dot(const float* a, const float* b, int64_t n) {
   return products;
 }
 
+// Hides from the compiler what it knows about a value. It would keep one offset for each row or vector in a register
+// and, for want of registers, load what is in one again.
+template <class T>
+DECOUPLIFY_INLINE void hide(T*& pointer) {
+  asm("" : "+r"(pointer));
+}
+DECOUPLIFY_INLINE void hide(Vec& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // The even (odd) elements of two vectors side by side.
 template <int... I>
 DECOUPLIFY_INLINE Vec evens(Vec a, Vec b, std::integer_sequence<int, I...>) {
