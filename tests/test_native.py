@@ -84,6 +84,14 @@ def test_every_algorithm_on_the_sizes_of_real_networks(
     assert_same(Case(size, sliding, channels, filters, act=Act(low=0.0), algorithm=algorithm, residual=residual))
 
 
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("sliding", [Sliding((1, 1)), Sliding((1, 1), (2, 2), (0, 1))], ids=str)
+def test_one_tap_and_many_filters(instruction_set: str, sliding: Sliding, exists: bool) -> None:
+    """Which is where tiles copy what they read: without channels there is nothing, and a tap may be beside it."""
+    for groups in (1, 2):
+        assert_same(Case((9, 11), sliding, [exists] * 6, [True] * 52, groups=groups))
+
+
 @pytest.mark.parametrize("sliding", STRIDED, ids=str)
 def test_strided_winograd(instruction_set: str, sliding: Sliding) -> None:
     channels, filters = [True, False, True], [f % 4 != 1 for f in range(20)]
@@ -168,6 +176,7 @@ def test_large_blocks_are_returned_to_the_system() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer keeps memory by itself")
 def test_the_c_library_returns_what_it_keeps() -> None:
     kept = [torch.ones(1 << 14) for _ in range(1000)]  # 64 KB each, below what it maps by itself
     last = torch.ones(1 << 14)

@@ -78,10 +78,10 @@ class CopiedTile {
   CopiedTile(const TileInput& in, Buffer* buffer) : in_(in), copy_(in) {
     if (buffer == nullptr) return;
     constexpr int64_t kPlaceFloats = sizeof(Place) / sizeof(float);
-    x_ = buffer->reserve(in.n_channels * (kStride + kPlaceFloats));
+    x_ = buffer->reserve(1 + in.n_channels * (kStride + kPlaceFloats));  // there may be no channel
     auto* place = reinterpret_cast<Place*>(x_ + in.n_channels * kStride);
     for (int i = 0; i < in.n_channels; ++i) place[i] = {i * kStride, in.place[i].column};
-    copy_.place = place;
+    copy_.place = place, copy_.tap = &kNoOffset;
   }
 
   // Vectors [v0, v0 + n) of all channels.
@@ -97,6 +97,7 @@ class CopiedTile {
 
  private:
   static constexpr int64_t kStride = kTileVectors * kLanes;
+  static constexpr int64_t kNoOffset = 0;
 
   const TileInput& in_;
   TileInput copy_;
