@@ -7,7 +7,7 @@ cost, and every image has its own.
 
 $ python benchmarks/latency.py --out docs/results/latency.jsonl --prepare        # exports and compiles, times nothing
 $ python benchmarks/latency.py --out docs/results/latency.jsonl --cores 0,1      # resumes; one line per row
-$ python benchmarks/latency.py --out docs/results/latency.jsonl --report docs/performance.md
+$ python benchmarks/latency.py --out docs/results/latency.jsonl --report docs/performance.md  # and latency-*.jsonl
 $ python benchmarks/latency.py --out docs/results/latency.jsonl --checkpoint resnet56.safetensors --data cifar10.bin
 """
 
@@ -103,7 +103,8 @@ def main() -> None:
         import memory
         import scaling
 
-        args.report.write_text(page(latest(args.out), [*scaling.section(), *memory.section()]))
+        others = [line for path in other_machines(args.out) for line in other_machine(dict(latest(path)))]
+        args.report.write_text(page(latest(args.out), [*others, *scaling.section(), *memory.section()]))
         return
     if args.checkpoint:
         measure(args, Row(args.checkpoint.stem, None), *trained(args.checkpoint, args.data))
@@ -225,6 +226,10 @@ gates. Made by `python benchmarks/latency.py --out docs/results/latency.jsonl --
   network, in the fastest dense runtime. That is what uniform pruning would give; it says nothing about accuracy.
 """
 
+OTHER = """The same on another machine, whose vectors are half as long, and which others used as well: most of the time
+dense runtimes took a quarter longer than in quiet moments, and the sparse form half as long again.
+"""
+
 
 def page(found: Iterable[tuple[str, Result]], more: Iterable[str] = ()) -> str:
     """The performance page, with more lines before the single measurements."""
@@ -243,12 +248,25 @@ def page(found: Iterable[tuple[str, Result]], more: Iterable[str] = ()) -> str:
     )
 
 
+def other_machines(path: Path) -> list[Path]:
+    """The results of other machines, which lie beside those of the page's own."""
+    return sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+
+
+def other_machine(results: dict[str, Result]) -> list[str]:
+    """The summary of a machine that the page is not about."""
+    return [f"## {machines_of(results.values())}", "", OTHER, *summary(results)]
+
+
+def machines_of(results: Iterable[Result]) -> str:
+    return "; ".join(sorted({f"{r.machine.cpu}, {r.machine.simd}, {r.machine.n_cores} cores" for r in results}))
+
+
 def preamble(results: Iterable[Result]) -> str:
     results = list(results)
-    machines = sorted({f"{r.machine.cpu}, {r.machine.simd}, {r.machine.n_cores} cores" for r in results})
     versions = sorted({t.version for r in results for t in r.timings if t.name in RUNTIMES})
     backends = sorted({r.backend for r in results})
-    return PREAMBLE.format(machines="; ".join(machines), versions="; ".join(versions), backends="; ".join(backends))
+    return PREAMBLE.format(machines=machines_of(results), versions="; ".join(versions), backends="; ".join(backends))
 
 
 def summary(results: dict[str, Result]) -> list[str]:
