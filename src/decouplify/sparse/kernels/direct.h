@@ -175,7 +175,8 @@ struct DirectJob {
   }
 
   FilterGroup* reserve_groups(int n, int thread) const {
-    return reinterpret_cast<FilterGroup*>(scratch.filter_groups[thread].reserve(n * sizeof(FilterGroup) / sizeof(float)));
+    const size_t n_floats = n * sizeof(FilterGroup) / sizeof(float);
+    return reinterpret_cast<FilterGroup*>(scratch.filter_groups[thread].reserve(n_floats));
   }
 
   void run_all() const {

@@ -212,6 +212,7 @@ struct PackedJob {
   }
 
   void run(int tile0, int tile1, int group0, int group1, int thread) const {
+    // All at once where vectors are long: nothing else was tried there, and such processors have larger caches.
     const int most = kLanes > 8 ? n_groups() : groups_at_once(input.n_weights() * input.filters_at_once());
     for (int begin = group0; begin < group1; begin += most) {
       const int end = smaller(begin + most, group1);

@@ -159,7 +159,8 @@ struct TileProgress {
   Stream ahead;
 };
 
-// How many channels a tile computes between two looks at what to fetch meanwhile: looking takes as long as half a channel.
+// How many channels a tile computes between two looks at what to fetch meanwhile; with AVX2, looking takes nearly as
+// long as half a channel.
 constexpr int kChannelsAtOnce = 8;
 
 // N rows of memory that are fetched while a tile is computed, a little with every few channels: line after line and row
