@@ -226,11 +226,6 @@ gates. Made by `python benchmarks/latency.py --out docs/results/latency.jsonl --
   network, in the fastest dense runtime. That is what uniform pruning would give; it says nothing about accuracy.
 """
 
-OTHER = """The same on another machine, whose vectors are half as long, and which others used as well. In its many busy
-moments ONNX Runtime took 1.28 times as long for EfficientNet-Lite0 as in quiet ones, the sparse form 1.48 times: most
-rows are worse than on a machine of one's own.
-"""
-
 
 def page(found: Iterable[tuple[str, Result]], more: Iterable[str] = ()) -> str:
     """The performance page, with more lines before the single measurements."""
@@ -256,7 +251,7 @@ def other_machines(path: Path) -> list[Path]:
 
 def other_machine(results: dict[str, Result]) -> list[str]:
     """The summary of a machine that the page is not about."""
-    return [f"## {machines_of(results.values())}", "", OTHER, *summary(results)]
+    return [f"## {machines_of(results.values())}", "", "The same on another machine.", "", *summary(results)]
 
 
 def machines_of(results: Iterable[Result]) -> str:

@@ -484,7 +484,7 @@ def test_values_that_nobody_reads_any_more_are_not_kept(monkeypatch: pytest.Monk
 def test_memory_stays_flat() -> None:
     _, fast = sparse("DepthwiseChain")
     images = random_images(8)
-    for _ in range(20):
+    for _ in range(600):  # until the system has made huge pages of what the C library holds
         fast(images)
     gc.collect()
     before = resident_bytes()

@@ -74,7 +74,7 @@ struct FilterGroup {
 // first-level cache, and nothing foresees the way from one to the next.
 class CopiedTile {
  public:
-  // Without a buffer there is no copy.
+  // Without a buffer nothing is copied.
   CopiedTile(const TileInput& in, Buffer* buffer) : in_(in), copy_(in) {
     if (buffer == nullptr) return;
     constexpr int64_t kPlaceFloats = sizeof(Place) / sizeof(float);
@@ -86,6 +86,7 @@ class CopiedTile {
 
   // Vectors [v0, v0 + n) of all channels.
   TileInput of(int v0, int n) const {
+    if (x_ == nullptr) return in_;
     TileInput found = copy_;
     found.x = x_ - int64_t{v0} * kLanes;
     for (int i = 0; i < in_.n_channels; ++i) {
@@ -168,7 +169,7 @@ struct DirectJob {
       for (int g = begin; g < end; ++g) groups[g - begin] = group_at(g, thread);
       for (int tile = tile0; tile < tile1; ++tile) {
         const int v0 = tile_start(tile), v1 = tile_start(tile + 1);
-        const TileInput in = copies ? copy.of(v0, v1 - v0) : input;
+        const TileInput in = copy.of(v0, v1 - v0);
         for (int g = begin; g < end; ++g) run(in, groups[g - begin], g, v0, v1, fetches && tile == tile0);
       }
     }
