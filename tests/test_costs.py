@@ -6,16 +6,19 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import decouplify
+from decouplify.cifar import CifarResNet
 from decouplify.costs import CostModel, channels_exist
 from decouplify.flow import GateSet
 from decouplify.sparse import count_executed_macs, native
 from toynets import SIZE, TOYS, random_images, randomise_gates, run
+
+SIZE_OF_CIFAR = (3, 32, 32)
 
 
 def random_paths(model: nn.Module, n: int = 3) -> Tensor:
@@ -56,6 +59,19 @@ def is_known(gates: GateSet, path: list[float]) -> bool:
 def test_executed_macs_are_those_of_a_loop_over_open_filters_and_existing_channels(name: str) -> None:
     model = TOYS[name].wrapped(verify=False)
     costs, paths = model.decoupling.costs, random_paths(model)
+    expected = [macs_by_loop(costs, path, columns_of(model)) for path in paths.tolist()]
+    assert costs.executed(paths).tolist() == expected
+
+
+@given(seed=st.integers(0, 2**16))
+@settings(max_examples=10)
+def test_channels_that_sums_of_gated_maps_hold_are_read_if_one_of_their_gates_is_open(seed: int) -> None:
+    model = decouplify.wrap(CifarResNet(4, width=4), SIZE_OF_CIFAR, verify=False, exclude=["conv1"])
+    torch.manual_seed(seed)
+    costs = model.decoupling.costs
+    sizes = {len(s) for reader in costs.readers for s in reader.exists if s is not None}
+    assert len(sizes) > 4  # from one gate to those of all blocks before
+    paths = (torch.rand(3, model.decoupling.plan.n_filters) < torch.tensor([[0.05], [0.2], [0.5]])).double()
     expected = [macs_by_loop(costs, path, columns_of(model)) for path in paths.tolist()]
     assert costs.executed(paths).tolist() == expected
 

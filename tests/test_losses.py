@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import decouplify
+from decouplify.cifar import CifarResNet
 from decouplify.errors import NonFiniteError
 from decouplify.losses import DecouplingLoss, fit_head, kl_divergence, mutual_information, parameter_groups, sparsity
 from toynets import N_CLASSES, TOYS, random_images, randomise_gates
@@ -191,6 +194,40 @@ def test_the_value_is_the_weighted_sum_of_the_terms_of_all_gates(name: str) -> N
     n_open, n_gates = sum(sum(map(sum, z)) for z in gates.values()), sum(N * len(z[0]) for z in gates.values())
     assert terms.keep_ratio.item() == pytest.approx(n_open / n_gates)
     assert math.isnan(terms.macs.item())
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("target", [None, "2.0x"])
+def test_gates_of_one_width_are_judged_together(target: str | None) -> None:
+    counts = []
+    for n_blocks in (1, 3):
+        model = decouplify.wrap(CifarResNet(n_blocks), (3, 32, 32), verify=False).train()
+        criterion = DecouplingLoss(model, sparsity=0.0, target=target, check_finite=False)
+        for _ in range(2):  # the first time what the cost model keeps is made
+            model(torch.randn(N, 3, 32, 32))
+            with _Kernels() as kernels:
+                criterion(LABELS)
+        counts.append((len(model.decoupling.plan.gates), kernels.n))
+    (few, n_for_few), (many, n_for_many) = counts
+    assert (n_for_many - n_for_few) / (many - few) < 12  # one by one it is 50 for each gate
+
+
+def test_terms_are_listed_in_the_order_of_the_gates() -> None:
+    model = decouplify.wrap(CifarResNet(2, inner=0.5), (3, 32, 32), verify=False).train()
+    criterion = DecouplingLoss(model, per_gate=True)
+    model(torch.randn(N, 3, 32, 32))
+    criterion(LABELS)
+    order = [gate.name for gate in model.decoupling.plan.gates]
+    assert all(list(values) == order for values in criterion.terms.by_gate.values())
 
 
 def test_a_gate_with_two_ends_sums_the_divergence_from_both() -> None:

@@ -72,13 +72,12 @@ class Reader:
         return self.n_positions * self.n_outputs * self.n_inputs // self.groups
 
     @cached_property
-    def is_bilinear(self) -> bool:
-        """Whether its MACs are a product of two sums of gates.
+    def is_product(self) -> bool:
+        """Whether its MACs are the number of open filters times that of existing channels.
 
-        That is so with one group, no channel that several gates decide, and no constant to be folded.
+        That is so with one group and no constant to be folded.
         """
-        plain = all(s is None or len(s) <= 1 for s in self.exists) and all(s is None for s in self.constant)
-        return plain and self.groups == 1
+        return self.groups == 1 and all(s is None for s in self.constant)
 
 
 def find_readers(trace: Trace, matching: Matching, flow: Flow) -> list[Reader]:
@@ -176,6 +175,54 @@ def _index_matrix(sets: Sequence[GateSet], position: Callable[[int], int], n_col
     return torch.tensor([row + [never] * (width - len(row)) for row in rows])
 
 
+@dataclass(frozen=True)
+class _Factors:
+    """How many filters and channels each reader that is a product has, as a linear function of what is known.
+
+    Attributes:
+        filters: Which gates count as filters of each of R readers, shape (F + 1, R); the last row counts those that are
+            always computed.
+        channels: Likewise for channels, with a row for each set of several gates, shape (F + 1 + S, R).
+        sets: Those sets as index matrices for ``channels_exist``; sets of about the same size are together.
+        n_positions: Shape (R,).
+    """
+
+    filters: Tensor
+    channels: Tensor
+    sets: tuple[Tensor, ...]
+    n_positions: Tensor
+
+    def to(self, like: Tensor) -> _Factors:
+        """On the device of a tensor, and in its precision."""
+        sets = tuple(columns.to(like.device) for columns in self.sets)
+        return _Factors(self.filters.to(like), self.channels.to(like), sets, self.n_positions.to(like))
+
+
+def _factors(readers: Sequence[Reader], columns: dict[str, range], n_filters: int) -> _Factors:
+    readers = [reader for reader in readers if reader.is_product]
+    by_size: dict[int, dict[frozenset[int], int]] = {}  # powers of two, so that padding at most doubles a set
+    for s in (s for reader in readers for s in reader.exists if s is not None and len(s) > 1):
+        alike = by_size.setdefault((len(s) - 1).bit_length(), {})
+        alike.setdefault(s, len(alike))
+    row, rows = n_filters + 1, dict[frozenset[int], int]()
+    for alike in by_size.values():
+        rows.update({s: row + i for s, i in alike.items()})
+        row += len(alike)
+    filters = torch.zeros(n_filters + 1, len(readers), dtype=torch.float64)
+    channels = torch.zeros(row, len(readers), dtype=torch.float64)
+    for r, reader in enumerate(readers):
+        if reader.gate is None:
+            filters[n_filters, r] = reader.n_outputs
+        else:
+            own = columns[reader.gate]
+            filters[own.start : own.stop, r] = 1
+        deciding = [n_filters if s is None else rows.get(s) or min(s) for s in reader.exists if s is None or s]
+        channels[:, r] = torch.bincount(torch.tensor(deciding, dtype=torch.int64), minlength=row)
+    sets = tuple(_index_matrix(list(alike), lambda column: column, n_filters) for alike in by_size.values())
+    n_positions = torch.tensor([reader.n_positions for reader in readers], dtype=torch.float64)
+    return _Factors(filters, channels, sets, n_positions)
+
+
 class CostModel:
     """Dense and executed multiply-accumulates of one network under its gates.
 
@@ -192,7 +239,7 @@ class CostModel:
         self._columns = columns
         self._n_filters = plan.n_filters
         self._index: dict[tuple[int, torch.device], Tensor | None] = {}
-        self._factors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
+        self._factors: dict[tuple[torch.device, torch.dtype], _Factors] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CostModel:
         return self  # it never changes, and to copy millions of gate sets takes seconds
@@ -213,41 +260,29 @@ class CostModel:
         Returns:
             Shape (N,), in the precision of ``gates`` (use float64 for exact counts), differentiable.
         """
-        others = [i for i, reader in enumerate(self.readers) if not reader.is_bilinear]
+        others = [i for i, reader in enumerate(self.readers) if not reader.is_product]
         with torch.autocast(gates.device.type, enabled=False):  # counts are not for half precision
-            return self.n_controllers + self._of_bilinear(gates) + sum(self.of_reader(i, gates) for i in others)
+            return self.n_controllers + self._of_products(gates) + sum(self.of_reader(i, gates) for i in others)
 
-    def _of_bilinear(self, gates: Tensor) -> Tensor:
-        """Executed multiply-accumulates of all bilinear readers together, shape (N,): two matrix products."""
-        filters, channels, n_positions = self._bilinear_factors(gates)
-        known = torch.cat([gates, gates.new_ones(len(gates), 1)], 1)
-        return ((known @ filters) * (known @ channels) * n_positions).sum(1)
+    def _of_products(self, gates: Tensor) -> Tensor:
+        """Executed multiply-accumulates of all readers that are products, shape (N,).
 
-    def _bilinear_factors(self, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which gates count as filters and as channels of each reader, (F + 1, R) each, and its positions, (R,).
-
-        The last row counts filters and channels that always exist.
+        Two matrix products in all: one at a time they would be thousands of small kernels in each step of training.
         """
+        factors = self._product_factors(gates)
+        always = gates.new_ones(len(gates), 1)
+        n_open = torch.cat([gates, always], 1) @ factors.filters
+        padded = torch.cat([gates, torch.zeros_like(always), always], 1)
+        shared = [channels_exist(padded, columns) for columns in factors.sets]
+        n_read = torch.cat([gates, always, *shared], 1) @ factors.channels
+        return (n_open * n_read * factors.n_positions).sum(1)
+
+    def _product_factors(self, gates: Tensor) -> _Factors:
         key = (gates.device, gates.dtype)
         if key not in self._factors:
             with torch.inference_mode(False):  # a later training step, too, will use what is kept
-                filters, channels, n_positions = self._new_bilinear_factors()
-                self._factors[key] = filters.to(gates), channels.to(gates), n_positions.to(gates)
+                self._factors[key] = _factors(self.readers, self._columns, self._n_filters).to(gates)
         return self._factors[key]
-
-    def _new_bilinear_factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        readers = [reader for reader in self.readers if reader.is_bilinear]
-        filters, channels = torch.zeros(2, self._n_filters + 1, len(readers), dtype=torch.float64).unbind()
-        for r, reader in enumerate(readers):
-            if reader.gate is None:
-                filters[self._n_filters, r] = reader.n_outputs
-            else:
-                columns = self._columns[reader.gate]
-                filters[columns.start : columns.stop, r] = 1
-            deciding = [c for s in reader.exists for c in ((self._n_filters,) if s is None else s)]
-            channels[:, r] = torch.bincount(torch.tensor(deciding, dtype=torch.int64), minlength=len(channels))
-        n_positions = torch.tensor([reader.n_positions for reader in readers], dtype=torch.float64)
-        return filters, channels, n_positions
 
     def of_reader(self, i: int, gates: Tensor) -> Tensor:
         """Executed multiply-accumulates of one reader, shape (N,)."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 Target = float | str | Mapping[str, float] | None
+ByGates = dict[tuple[str, ...], Tensor]  # values of a term, shape (G,), by the names of their G gates
+Key = TypeVar("Key")
 
 
 def mutual_information(z: Tensor, head: nn.Linear, attribute: Tensor, literal: bool = False) -> Tensor:
@@ -80,21 +82,53 @@ def kl_divergence(z: Tensor, y: Tensor, literal: bool = False) -> Tensor:
     selected shall respond.
 
     Args:
-        z: Gate values, shape (N, K), in [0, 1].
-        y: Mean response per filter before gating, shape (N, K), >= 0.
+        z: Gate values, shape (N, K), in [0, 1]; of several gates with equally many filters, (G, N, K).
+        y: Mean response per filter before gating, of the same shape, >= 0.
         literal: Let the gradient into z pass, as printed.
 
     Returns:
-        Scalar >= 0, in nats, mean over images. Images with all gates closed contribute 0.
+        Scalar >= 0, or (G,), in nats, mean over images. Images with all gates closed contribute 0.
     """
     eps = 1e-6
     z = z if literal else z.detach()
-    n_open = z.sum(1, keepdim=True)
+    n_open = z.sum(-1, keepdim=True)
     # Where nothing is open there is no distribution, and next to it the gradient would have no bound; nor has that of
     # p log p at a closed gate without eps.
     p = torch.where(n_open <= eps, 0.0, z / n_open.clamp_min(eps))
-    q = (y + eps) / (y + eps).sum(1, keepdim=True)
-    return (p * ((p + eps).log() - q.log())).sum(1).mean()
+    q = (y + eps) / (y + eps).sum(-1, keepdim=True)
+    return (p * ((p + eps).log() - q.log())).sum(-1).mean(-1)
+
+
+def _of_one_width(tensors: Mapping[Key, Tensor]) -> list[tuple[Key, ...]]:
+    """The keys of tensors (N, K), put together where K is the same.
+
+    What is then computed for all of them at once would take thousands of small kernels per step one by one, which on a
+    GPU cost more time than the network itself.
+    """
+    widths: dict[torch.Size, list[Key]] = {}
+    for key, tensor in tensors.items():
+        widths.setdefault(tensor.shape, []).append(key)
+    return [tuple(keys) for keys in widths.values()]
+
+
+def _tell_all(z: Tensor, heads: Sequence[nn.Linear]) -> Tensor:
+    """Logits of the attribute from several gates, each by its own head: (G, N, K) to (G, N, classes)."""
+    weights = torch.stack([head.weight for head in heads]).to(z.dtype)
+    biases = torch.stack([head.bias for head in heads]).to(z.dtype)
+    return torch.baddbmm(biases[:, None], z, weights.mT)
+
+
+def _one_by_one(terms: Mapping[str, ByGates], order: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Terms by gate in the order of the gates, detached; of a gate with several ends their sum."""
+    return {term: _by_gate(groups, order) for term, groups in terms.items()}
+
+
+def _by_gate(groups: ByGates, order: Iterable[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for names, stacked in groups.items():
+        for name, value in zip(names, stacked.detach().reshape(-1), strict=True):
+            found[name] = found[name] + value if name in found else value
+    return {name: found[name] for name in order if name in found}
 
 
 def sparsity(z: Tensor, keep_ratio: float | Tensor = 0.0, literal: bool = False) -> Tensor:
@@ -266,56 +300,50 @@ class DecouplingLoss:
         self._check_forward(forward)
         gates = self._decoupling.gates()
         self._check_labels(labels, len(next(iter(gates.values()))))
-        by_gate = {
+        path = self._decoupling.path()
+        terms = {
             "mutual_information": self._mutual_information(gates, labels),
             "kl": self._kl(forward) if self.kl > 0 else {},
         }
-        macs = self._macs(forward) if self.target_macs is not None else None
+        macs = self._macs(forward, path) if self.target_macs is not None else None
         if macs is None:
-            by_gate["sparsity"] = self._sparsity(gates)
+            terms["sparsity"] = self._sparsity(gates)
         self._decoupling.drop_forward()
-        return self._total(by_gate, gates, macs, labels)
+        return self._total(terms, gates, path, macs)
 
-    def _total(
-        self,
-        by_gate: dict[str, dict[str, Tensor]],
-        gates: dict[str, Tensor],
-        macs: Tensor | None,
-        labels: Tensor | None,
-    ) -> Tensor:
-        zero = next(iter(gates.values())).new_zeros(())
-        sums = {name: sum(values.values(), zero) for name, values in by_gate.items()}
+    def _total(self, terms: dict[str, ByGates], gates: dict[str, Tensor], path: Tensor, macs: Tensor | None) -> Tensor:
+        zero = path.new_zeros(())
+        sums = {name: sum((values.sum() for values in term.values()), zero) for name, term in terms.items()}
         if macs is not None:
             sums["sparsity"] = self._deviation(macs)
         total = self._weighted_information(sums["mutual_information"])
         total = total + self.information_scale * self.kl * sums["kl"]
         total = total + (self.sparsity if macs is None else self.steering) * sums["sparsity"]
         if self.check_finite and not bool(total.isfinite()):
-            raise NonFiniteError(self._describe_non_finite(by_gate, gates))
-        n_filters = sum(z.shape[1] for z in gates.values())
+            raise NonFiniteError(self._describe_non_finite(_one_by_one(terms, gates), gates))
         self.terms = Terms(
             **{name: value.detach() for name, value in sums.items()},
-            keep_ratio=sum((z.detach().sum(1).mean() for z in gates.values()), zero) / n_filters,
+            keep_ratio=path.detach().mean(),
             macs=torch.full_like(zero, math.nan) if macs is None else macs.detach(),
-            by_gate=self._detached(by_gate) if self.per_gate else {},
+            by_gate=_one_by_one(terms, gates) if self.per_gate else {},
         )
         total.terms = self.terms  # type: ignore[attr-defined]  # for who keeps the criterion's value apart from the sum
         return total
 
-    @staticmethod
-    def _detached(by_gate: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        return {term: {name: v.detach() for name, v in values.items()} for term, values in by_gate.items()}
-
-    def _mutual_information(self, gates: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+    def _mutual_information(self, gates: dict[str, Tensor], labels: Tensor | None) -> ByGates:
         """The term of each gate; unless literal, its gradient is that into the head and the weighted one into z."""
         if self.mutual_information == 0 or labels is None:
             return {}
-        if self.literal:
-            return {name: mutual_information(z, self._head(name), labels, literal=True) for name, z in gates.items()}
         # As lambda_m mutual_information + fit_head, but for many classes the heads' products take a while: once, then.
-        weight = self._weight_of_information
-        told = {name: _tell(_with_gradient_times(weight, z), self._head(name)) for name, z in gates.items()}
-        return {name: F.cross_entropy(logits, labels) for name, logits in told.items()}
+        weight = 1.0 if self.literal else self._weight_of_information
+        terms: ByGates = {}
+        for names in _of_one_width(gates):
+            z = torch.stack([gates[name] for name in names])
+            told = _tell_all(_with_gradient_times(weight, z), [self._head(name) for name in names])
+            attributes = labels.repeat(len(names), *(1 for _ in labels.shape[1:]))
+            losses = F.cross_entropy(told.flatten(0, 1), attributes, reduction="none")
+            terms[names] = losses.unflatten(0, told.shape[:2]).mean(1)
+        return terms
 
     @property
     def _weight_of_information(self) -> float | Tensor:
@@ -326,29 +354,30 @@ class DecouplingLoss:
         weight = self._weight_of_information
         return weight * term if self.literal else weight * term.detach() + (term - term.detach())
 
-    def _kl(self, forward: Forward) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = {}
-        for (name, _), y in forward.pooled.items():
-            divergence = kl_divergence(forward.gates[name], y, self.literal)
-            terms[name] = terms[name] + divergence if name in terms else divergence
+    def _kl(self, forward: Forward) -> ByGates:
+        terms: ByGates = {}
+        for ends in _of_one_width(forward.pooled):
+            names = tuple(name for name, _ in ends)
+            z = torch.stack([forward.gates[name] for name in names])
+            terms[names] = kl_divergence(z, torch.stack([forward.pooled[end] for end in ends]), self.literal)
         return terms
 
-    def _sparsity(self, gates: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _sparsity(self, gates: dict[str, Tensor]) -> ByGates:
         if self._ratios is None:  # with R = 0 there is no way to go half of, so the term itself is scaled
-            return {name: self.target_scale * sparsity(z, 0.0, self.literal) for name, z in gates.items()}
-        return {name: sparsity(z, 1 + self.target_scale * (self._keep_ratio(name) - 1)) for name, z in gates.items()}
+            return {(name,): self.target_scale * sparsity(z, 0.0, self.literal) for name, z in gates.items()}
+        return {(name,): sparsity(z, 1 + self.target_scale * (self._keep_ratio(name) - 1)) for name, z in gates.items()}
 
     def _keep_ratio(self, name: str) -> float:
         ratios = self._ratios or {}
         return next((float(r) for pattern, r in ratios.items() if fnmatch.fnmatch(name, pattern)), 0.0)
 
-    def _macs(self, forward: Forward) -> Tensor:
+    def _macs(self, forward: Forward, path: Tensor) -> Tensor:
         """Executed / dense MACs, mean over images: value from noise-free gates, gradient from training gates.
 
         Noise makes training gates close or open where evaluation would not; steering by them misses the target.
         """
         costs = self._decoupling.costs
-        soft = costs.executed(self._decoupling.path()).mean() / costs.n_dense
+        soft = costs.executed(path).mean() / costs.n_dense
         with torch.no_grad():
             logits = torch.cat([forward.logits[gate.name] for gate in self._decoupling.plan.gates], 1)
             hard = costs.executed((logits > 0).float()).mean() / costs.n_dense
