@@ -45,6 +45,18 @@ def test_half_of_the_images_get_v1_the_others_v2(n: int, seed: int) -> None:
     assert n_soft == n // 2 if n % 2 == 0 else n_soft in (n // 2, n // 2 + 1)
 
 
+@given(seed=st.integers(0, 2**16))
+def test_binary_gates_of_training_are_exactly_binary_and_have_the_gradient_of_v1(seed: int) -> None:
+    torch.manual_seed(seed)
+    t = torch.randn(2 * N, K, requires_grad=True)
+    z = improved_semhash(t, noise=0.0)
+    assert sum(bool(((row == 0) | (row == 1)).all()) for row in z) >= N
+    (gradient,) = torch.autograd.grad(z.sum(), t)
+    sigmoid = torch.sigmoid(t.detach())
+    slope = 1.2 * sigmoid * (1 - sigmoid) * ((1.2 * sigmoid - 0.1 > 0) & (1.2 * sigmoid - 0.1 < 1))
+    assert torch.allclose(gradient, slope, atol=1e-6)
+
+
 def test_every_image_and_either_half_of_an_odd_batch_has_its_turn() -> None:
     t = torch.randn(3, K)
     halves = {tuple(images_that_are_soft(improved_semhash(t, noise=0.0), t)) for _ in range(100)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,13 +28,37 @@ def improved_semhash(g: Tensor, noise: float | Tensor = 1.0) -> Tensor:
     """
     t = g + noise * torch.randn_like(g) if isinstance(noise, Tensor) or noise > 0 else g
     soft = (1.2 * torch.sigmoid(t) - 0.1).clamp(0, 1)
-    return torch.where(_random_half(len(g), g.device)[:, None], soft, straight_through(t, soft))
+    mixed = torch.where(_random_half(len(g), g.device)[:, None], soft.detach(), binarise(t.detach()))
+    return _with_gradient_of(soft, mixed)
 
 
 def straight_through(t: Tensor, soft: Tensor) -> Tensor:
-    """``1[t > 0]`` with the gradient of ``soft``; ``soft`` itself where ``t`` is NaN."""
-    hard = torch.where(t.isnan(), t, (t > 0).to(t.dtype))
-    return soft + (hard - soft).detach()
+    """``1[t > 0]`` with the gradient of ``soft``; NaN where ``t`` is."""
+    return _with_gradient_of(soft, binarise(t.detach()))
+
+
+def _with_gradient_of(soft: Tensor, values: Tensor) -> Tensor:
+    """Values without a gradient of their own, of which the gradient arrives at ``soft``."""
+    if torch.compiler.is_compiling():  # which computes both in one kernel
+        return soft + (values - soft).detach()
+    found: Tensor = _Substitute.apply(soft, values)
+    return found
+
+
+class _Substitute(torch.autograd.Function):
+    """Other values in place of a tensor's, without a kernel forth or back."""
+
+    @staticmethod
+    def forward(soft: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor, None]:
+        return of_output, None
 
 
 def _random_half(n: int, device: torch.device) -> Tensor:
