@@ -29,6 +29,8 @@ from decouplify.trace import Trace
 
 __all__ = ["CostModel", "Reader", "channels_exist", "find_readers", "index_matrix"]
 
+_LARGEST = 2**22  # gate values looked up at once
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -223,6 +225,11 @@ def _factors(readers: Sequence[Reader], columns: dict[str, range], n_filters: in
     return _Factors(filters, channels, sets, n_positions)
 
 
+def _in_parts(sets: Tensor, n_images: int) -> Sequence[Tensor]:
+    """Sets in parts whose gates need at most so much memory: deep networks have tens of thousands of them."""
+    return sets.split(max(1, _LARGEST // max(1, n_images * sets.shape[1])))
+
+
 class CostModel:
     """Dense and executed multiply-accumulates of one network under its gates.
 
@@ -273,7 +280,7 @@ class CostModel:
         always = gates.new_ones(len(gates), 1)
         n_open = torch.cat([gates, always], 1) @ factors.filters
         padded = torch.cat([gates, torch.zeros_like(always), always], 1)
-        shared = [channels_exist(padded, columns) for columns in factors.sets]
+        shared = [channels_exist(padded, part) for sets in factors.sets for part in _in_parts(sets, len(gates))]
         n_read = torch.cat([gates, always, *shared], 1) @ factors.channels
         return (n_open * n_read * factors.n_positions).sum(1)
 
