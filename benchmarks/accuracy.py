@@ -10,7 +10,7 @@ for the same number of epochs:
 * decoupled: with gates, steered to the target, the start as teacher.
 
 Rows run in slices: a row that does not finish within ``--seconds`` goes on from its state file in the next call.
-Networks this small leave most of a GPU idle: run several rows side by side, each with its own ``--results``, and let
+Networks this small leave part of a GPU idle: run several rows side by side, each with its own ``--results``, and let
 NVIDIA's MPS overlap their kernels.
 
 $ PYTHONPATH=src python benchmarks/accuracy.py resnet56-start resnet56-dense-0 resnet56-decoupled-0 --data FILE
