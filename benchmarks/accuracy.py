@@ -125,7 +125,7 @@ def rows() -> dict[str, Row]:
         narrowed = network.startswith("resnet")  # the other static twins begin with nothing, so they train longer
         for seed in (0, 1):
             table[f"{network}-dense-{seed}"] = Row(network, "dense", epochs, seed)
-            table[f"{network}-static-{seed}"] = Row(network, "static", epochs + (not narrowed) * start_epochs, seed)
+            table[f"{network}-static-{seed}"] = Row(network, "static", epochs + (0 if narrowed else start_epochs), seed)
             table[f"{network}-decoupled-{seed}"] = Row(network, "decoupled", epochs, seed)
     ablation = {
         "controllers": {"mutual_information": 0.0, "kl": 0.0, "target": None, "sparsity": 0.0, "calibrate": False},
