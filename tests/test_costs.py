@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import decouplify
+from decouplify import costs as cost_model
 from decouplify.cifar import CifarResNet
 from decouplify.costs import CostModel, channels_exist
 from decouplify.flow import GateSet
@@ -74,6 +75,14 @@ def test_channels_that_sums_of_gated_maps_hold_are_read_if_one_of_their_gates_is
     paths = (torch.rand(3, model.decoupling.plan.n_filters) < torch.tensor([[0.05], [0.2], [0.5]])).double()
     expected = [macs_by_loop(costs, path, columns_of(model)) for path in paths.tolist()]
     assert costs.executed(paths).tolist() == expected
+
+
+def test_sets_that_are_looked_up_in_parts_give_the_same_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decouplify.wrap(CifarResNet(4, width=4), SIZE_OF_CIFAR, verify=False, exclude=["conv1"])
+    paths = random_paths(model)
+    whole = model.decoupling.costs.executed(paths)
+    monkeypatch.setattr(cost_model, "_LARGEST", 50)  # a few sets at a time, and the last part smaller
+    assert torch.equal(model.decoupling.costs.executed(paths), whole)
 
 
 @pytest.mark.parametrize("name", TOYS)
