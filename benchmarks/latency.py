@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import machines
 import torch
 from torch import Tensor, nn
 
@@ -103,7 +104,7 @@ def main() -> None:
         import memory
         import scaling
 
-        others = [line for path in other_machines(args.out) for line in other_machine(dict(latest(path)))]
+        others = [line for path in machines.other_files(args.out) for line in other_machine(dict(latest(path)))]
         args.report.write_text(page(latest(args.out), [*others, *scaling.section(), *memory.section()]))
         return
     if args.checkpoint:
@@ -244,18 +245,13 @@ def page(found: Iterable[tuple[str, Result]], more: Iterable[str] = ()) -> str:
     )
 
 
-def other_machines(path: Path) -> list[Path]:
-    """The results of other machines, which lie beside those of the page's own."""
-    return sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
-
-
 def other_machine(results: dict[str, Result]) -> list[str]:
     """The summary of a machine that the page is not about."""
     return [f"## {machines_of(results.values())}", "", "The same on another machine.", "", *summary(results)]
 
 
 def machines_of(results: Iterable[Result]) -> str:
-    return "; ".join(sorted({f"{r.machine.cpu}, {r.machine.simd}, {r.machine.n_cores} cores" for r in results}))
+    return "; ".join(sorted({machines.name_of(r.machine) for r in results}))
 
 
 def preamble(results: Iterable[Result]) -> str:

@@ -54,6 +54,7 @@ def measure(name: str, n_images: int) -> dict[str, Any]:
     """The resident memory of one network's sparse form over many images, in MB."""
     os.environ["DECOUPLIFY_CACHE"] = ""
 
+    import machines
     import torch
     from torch import nn
 
@@ -96,19 +97,26 @@ def measure(name: str, n_images: int) -> dict[str, Any]:
         "multiple_of_second": round(peaks[1] / needed, 2),
         "growth_mb": round((seen[-1] - seen[len(seen) // 2 + 2]) / 1e6, 2),
         "over_time_mb": [round(x / 1e6, 1) for x in seen],
+        "machine": machines.here(),
     }
 
 
 def section(path: Path = RESULTS) -> list[str]:
-    """The table for the performance page."""
-    if not path.exists():
-        return []
+    """The tables for the performance page."""
+    import machines
+
     head = "| network | weights, MB | activations, MB | peak, MB | multiple | second form | images | growth, MB |"
-    lines = ["## Memory", "", *TEXT, "", head, "| --- " * 8 + "|"]
-    keys = ("network", "weights_mb", "activations_mb", "peak_mb", "multiple", "multiple_of_second", "n_images")
-    for row in map(json.loads, path.read_text().splitlines()):
-        lines.append(f"| {' | '.join(str(row[key]) for key in (*keys, 'growth_mb'))} |")
-    return [*lines, ""]
+    keys = (
+        "network",
+        "weights_mb",
+        "activations_mb",
+        "peak_mb",
+        "multiple",
+        "multiple_of_second",
+        "n_images",
+        "growth_mb",
+    )
+    return ["## Memory", "", *TEXT, "", *machines.tables(path, head, lambda row: [str(row[key]) for key in keys])]
 
 
 TEXT = (

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import machines
 import torch
 from torch import Tensor
 
@@ -71,6 +72,7 @@ def measure(name: str, reduction: float | None, n_rounds: int) -> dict[str, Any]
         "batch": spread([one / batch for one, batch in zip(alone, rounds["batch"], strict=True)]),
         "n_rounds": n_rounds,
         "batch_size": len(images),
+        "machine": machines.here(),
     }
 
 
@@ -112,20 +114,18 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def section(path: Path = RESULTS) -> list[str]:
-    """The table for the performance page."""
-    if not path.exists():
-        return []
+    """The tables for the performance page."""
     head = "| network | gates | 1 thread | 2 threads | in a batch | gain of 2 threads | gain of a batch |"
-    lines = ["## Threads and batches", "", *TEXT, "", head, "| --- " * 7 + "|"]
-    for row in map(json.loads, path.read_text().splitlines()):
-        gates = "all open" if row["mac_reduction"] is None else f"random, {row['mac_reduction']:.2f}x"
-        times = [f"{row['ms_per_image'][way]['median']:.2f}" for way in ("1 thread", "2 threads", "batch")]
-        gains = [
-            f"{gain['median']:.2f} ({gain['p20']:.2f} to {gain['p80']:.2f})"
-            for gain in (row["two_threads"], row["batch"])
-        ]
-        lines.append(f"| {' | '.join([row['network'], gates, *times, *gains])} |")
-    return [*lines, ""]
+    return ["## Threads and batches", "", *TEXT, "", *machines.tables(path, head, cells)]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    gates = "all open" if row["mac_reduction"] is None else f"random, {row['mac_reduction']:.2f}x"
+    times = [f"{row['ms_per_image'][way]['median']:.2f}" for way in ("1 thread", "2 threads", "batch")]
+    gains = [
+        f"{gain['median']:.2f} ({gain['p20']:.2f} to {gain['p80']:.2f})" for gain in (row["two_threads"], row["batch"])
+    ]
+    return [row["network"], gates, *times, *gains]
 
 
 if __name__ == "__main__":

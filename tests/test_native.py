@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,6 +111,32 @@ def test_threads_change_nothing() -> None:
     for i in range(0, len(results), 3):
         assert torch.equal(results[i], results[i + 1])
         assert torch.equal(results[i], results[i + 2])
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 100])
+def test_sums_do_not_depend_on_which_thread_did_what(n_threads: int) -> None:
+    """The engine's threads take work as they come to it; here they come in another order every time."""
+    size, sliding = (56, 56), Sliding((3, 3), padding=(1, 1))
+    for algorithm in SAME_SIZE:
+        case = Case(size, sliding, [True] * 8, [True] * 24, algorithm=algorithm, n_threads=n_threads)
+        first = found(case)
+        np.testing.assert_allclose(first[1], expected(case).mean((2, 3)), rtol=1e-4, atol=1e-5)
+        with busy_cores():
+            for _ in range(10):
+                assert all(map(torch.equal, found(case), first))
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """Two processes that take a core each from time to time."""
+    code = "import time\nwhile True: time.sleep(2e-4), sum(range(3000))"
+    others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -10,19 +10,32 @@ namespace decouplify::DECOUPLIFY_ISA {
 
 template <class F>
 DECOUPLIFY_INLINE void parallel(int n_threads, int n_tasks, F&& f) {
-  const auto call = [](void* context, int begin, int end, int thread) {
-    (*static_cast<std::remove_reference_t<F>*>(context))(begin, end, thread);
+  const auto call = [](void* context, const Share& share) {
+    (*static_cast<std::remove_reference_t<F>*>(context))(share);
   };
   run_parallel(n_threads, n_tasks, call, &f);
 }
 
-// Calls f(tile0, tile1, group0, group1, thread) so that every tile meets every group of filters. Threads share the
-// tiles, or the groups where there are few tiles.
+// Tiles [tile0, tile1) with groups [group0, group1) of filters. `slot`: where sums over these tiles go.
+struct Part {
+  int tile0, tile1, group0, group1, thread, slot;
+  bool fetches;  // whether weights are not known to be in the cache
+};
+
+// Threads share the tiles, or the groups where there are few tiles.
+DECOUPLIFY_INLINE bool shares_groups(int n_threads, int n_tiles) { return n_tiles < 2 * n_threads; }
+// Slots of sums over tiles that are shared so.
+DECOUPLIFY_INLINE int n_slots(int n_threads, int n_tiles) {
+  return shares_groups(n_threads, n_tiles) ? 1 : n_shares(n_threads, n_tiles);
+}
+
+// Calls f(part) so that every tile meets every group.
 template <class F>
 DECOUPLIFY_INLINE void share(int n_threads, int n_tiles, int n_groups, F&& f) {
-  const bool shares_groups = n_tiles < 2 * n_threads;
-  parallel(n_threads, shares_groups ? n_groups : n_tiles, [&](int begin, int end, int thread) {
-    shares_groups ? f(0, n_tiles, begin, end, thread) : f(begin, end, 0, n_groups, thread);
+  const bool by_groups = shares_groups(n_threads, n_tiles);
+  parallel(n_threads, by_groups ? n_groups : n_tiles, [&](const Share& s) {
+    by_groups ? f(Part{0, n_tiles, s.begin, s.end, s.thread, 0, true})
+              : f(Part{s.begin, s.end, 0, n_groups, s.thread, s.index, s.is_first});
   });
 }
 
@@ -32,28 +45,31 @@ DECOUPLIFY_INLINE int groups_at_once(int64_t weights_per_group) {
   return static_cast<int>(1 + kWeightsAtOnce / (weights_per_group + 1));
 }
 
-// Sums over the pixels of each filter, one vector per thread and filter until every tile is done.
+// Sums over the pixels of each filter, one vector per slot and filter until every tile is done. Tiles that share a slot
+// come one after the other, whichever threads do them, so that sums are the same in every run.
 class PixelSums {
  public:
-  PixelSums(const ConvolutionCall& call, Scratch& scratch) : call_(call), partial_(nullptr) {
+  PixelSums(const ConvolutionCall& call, int n_slots, Scratch& scratch)
+      : call_(call), n_slots_(n_slots), partial_(nullptr) {
     if (call.sums == nullptr) return;
-    const size_t n = size_t(call.n_threads) * call.n_filters * kLanes;
+    const size_t n = size_t(n_slots) * call.n_filters * kLanes;
     partial_ = scratch.partial_sums.reserve(n);
     memset(partial_, 0, n * sizeof(float));
   }
-  float* of(int thread, int i) const { return partial_ == nullptr ? nullptr : at(thread, i); }
+  float* of(int slot, int i) const { return partial_ == nullptr ? nullptr : at(slot, i); }
   void finish() const {
     if (partial_ == nullptr) return;
     for (int i = 0; i < call_.n_filters; ++i) {
       Vec total{};
-      for (int thread = 0; thread < call_.n_threads; ++thread) total += load(at(thread, i));
+      for (int slot = 0; slot < n_slots_; ++slot) total += load(at(slot, i));
       call_.sums[call_.filters[i]] = sum(total);
     }
   }
 
  private:
-  float* at(int thread, int i) const { return partial_ + (size_t(thread) * call_.n_filters + i) * kLanes; }
+  float* at(int slot, int i) const { return partial_ + (size_t(slot) * call_.n_filters + i) * kLanes; }
   const ConvolutionCall& call_;
+  int n_slots_;
   float* partial_;
 };
 
@@ -118,7 +134,8 @@ struct DirectJob {
   int64_t weights_per_filter() const {
     return int64_t{conv.n_channels} / conv.groups * conv.kernel[0] * conv.kernel[1];
   }
-  int n_tiles() const { return divide_up(v_end - v_first, kTileVectors); }
+  static int n_tiles(int n_vectors) { return divide_up(n_vectors, kTileVectors); }
+  int n_tiles() const { return n_tiles(v_end - v_first); }
   int tile_start(int tile) const { return v_first + part(v_end - v_first, n_tiles(), tile); }
   int n_filter_groups() const { return divide_up(n, kTileFilters); }
 
@@ -133,7 +150,7 @@ struct DirectJob {
   // Whether tiles may copy what they read, where their vectors are short enough for that to be a small part of them.
   bool can_copy() const { return kLanes <= 8 && input.n_taps == 1; }
 
-  FilterGroup group_at(int group, int thread) const {
+  FilterGroup group_at(int group, int slot) const {
     const int n0 = part(n, n_filter_groups(), group), n1 = part(n, n_filter_groups(), group + 1);
     const auto weight_of = [&](int i) { return conv.weight + call.filters[first + i] * weights_per_filter(); };
     FilterGroup found;
@@ -143,7 +160,7 @@ struct DirectJob {
       const int next = i + n1 - n0;
       to.weight = weight_of(i);
       to.next_weight = weight_of(next < n ? next : i);
-      to.partial_sum = sums.of(thread, first + i);
+      to.partial_sum = sums.of(slot, first + i);
     }
     return found;
   }
@@ -158,19 +175,18 @@ struct DirectJob {
     tile_for(in.n_taps, fetches, group.n, v1 - v0)(in, group.to, tile, conv.out.mask, conv.activation);
   }
 
-  // Tiles [tile0, tile1) with groups [group0, group1). fetches: whether weights are not known to be in the cache.
-  void run(int tile0, int tile1, int group0, int group1, bool fetches, int thread) const {
-    const int most = smaller(groups_at_once(), group1 - group0);
-    auto* groups = reserve_groups(most, thread);
+  void run(const Part& part) const {
+    const int most = smaller(groups_at_once(), part.group1 - part.group0);
+    auto* groups = reserve_groups(most, part.thread);
     const bool copies = can_copy() && most >= 4;
-    const CopiedTile copy(input, copies ? &scratch.transformed[thread] : nullptr);
-    for (int begin = group0; begin < group1; begin += most) {
-      const int end = smaller(begin + most, group1);
-      for (int g = begin; g < end; ++g) groups[g - begin] = group_at(g, thread);
-      for (int tile = tile0; tile < tile1; ++tile) {
+    const CopiedTile copy(input, copies ? &scratch.transformed[part.thread] : nullptr);
+    for (int begin = part.group0; begin < part.group1; begin += most) {
+      const int end = smaller(begin + most, part.group1);
+      for (int g = begin; g < end; ++g) groups[g - begin] = group_at(g, part.slot);
+      for (int tile = part.tile0; tile < part.tile1; ++tile) {
         const int v0 = tile_start(tile), v1 = tile_start(tile + 1);
         const TileInput in = copy.of(v0, v1 - v0);
-        for (int g = begin; g < end; ++g) run(in, groups[g - begin], g, v0, v1, fetches && tile == tile0);
+        for (int g = begin; g < end; ++g) run(in, groups[g - begin], g, v0, v1, part.fetches && tile == part.tile0);
       }
     }
   }
@@ -182,9 +198,7 @@ struct DirectJob {
 
   void run_all() const {
     if (n == 0) return;
-    share(call.n_threads, n_tiles(), n_filter_groups(), [&](int tile0, int tile1, int group0, int group1, int thread) {
-      run(tile0, tile1, group0, group1, true, thread);
-    });
+    share(call.n_threads, n_tiles(), n_filter_groups(), [&](const Part& part) { run(part); });
   }
 };
 
@@ -198,8 +212,8 @@ static const float* place_channels(const Convolution& conv, const ConvolutionCal
   }
   place_in_phases(taps, conv.out);
   float* gathered = scratch.gathered.reserve(taps.channel() * call.n_channels + kTileVectors * kLanes);
-  parallel(call.n_threads, call.n_channels, [&](int begin, int end, int) {
-    for (int i = begin; i < end; ++i) {
+  parallel(call.n_threads, call.n_channels, [&](const Share& share) {
+    for (int i = share.begin; i < share.end; ++i) {
       const float* plane = call.in + call.channels[i] * conv.in.plane + conv.in.origin;
       gather_channel(plane, taps, conv.in, conv.out, gathered + i * taps.channel(), 0.0f);
     }
@@ -233,7 +247,7 @@ static void convolve_direct(const Convolution& conv, const ConvolutionCall& call
   Taps taps = taps_of(conv);
   const TileInput input = tile_input(conv, call, taps, scratch);
   const int channels_per_group = conv.n_channels / conv.groups, filters_per_group = conv.n_filters / conv.groups;
-  const PixelSums sums(call, scratch);
+  const PixelSums sums(call, n_slots(call.n_threads, DirectJob::n_tiles(n_vectors(conv.out))), scratch);
   int c = 0, f = 0;
   for (int group = 0; group < conv.groups; ++group) {
     const int c1 = position_of(call.channels, call.n_channels, c, (group + 1) * channels_per_group);

@@ -196,18 +196,19 @@ static void expand_and_slide(const Convolution& expand, const Window& window, co
                              Scratch& scratch) {
   if (call.n_filters == 0) return;
   ExpandJob job = expand_job(expand, window, call, scratch);
-  const PixelSums sums(call, scratch);
+  const int n_slots = job.n_bands() == 1 ? 1 : n_shares(call.n_threads, job.n_bands() * job.n_groups());
+  const PixelSums sums(call, n_slots, scratch);
   const auto run_all = [&] {
     const int n_groups = job.n_groups();
-    parallel(call.n_threads, job.n_bands() * n_groups, [&](int begin, int end, int thread) {
-      for (int index = begin; index < end; ++index) {
+    parallel(call.n_threads, job.n_bands() * n_groups, [&](const Share& share) {
+      for (int index = share.begin; index < share.end; ++index) {
         const int group = index % n_groups;
         const int n0 = part(call.n_filters, n_groups, group), n1 = part(call.n_filters, n_groups, group + 1);
-        job.run(job.rows_of(index / n_groups), n0, n1, thread, [&](int i) {
+        job.run(job.rows_of(index / n_groups), n0, n1, share.thread, [&](int i) {
           const int filter = call.filters[i];
           TileOutput to{};
           to.out = call.out + filter * window.out.plane + window.out.origin;
-          to.partial_sum = sums.of(thread, i);
+          to.partial_sum = sums.of(n_slots == 1 ? 0 : share.index, i);
           to.bias = window.bias[filter];
           return to;
         });

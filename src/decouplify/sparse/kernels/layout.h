@@ -60,10 +60,21 @@ struct Scratch {
   Buffer gathered, partial_sums, lists, inner_lists, band;
 };
 
-// Calls body(context, begin, end, thread) for disjoint ranges that cover [0, n_tasks), on up to n_threads threads, and
-// returns when all are done. Which tasks share a range depends on the two numbers only, so sums over threads come out
-// the same in every run.
-using Body = void (*)(void* context, int begin, int end, int thread);
+// A part of a loop that one thread does in one go: tasks [begin, end).
+struct Share {
+  int begin, end;
+  int thread;     // who does it, which is whoever comes first
+  int index;      // among the shares of the loop
+  bool is_first;  // that this thread does
+};
+
+// Into how many shares n_threads threads divide n_tasks tasks. Several for each, so that none waits long for another.
+constexpr int kSharesPerThread = 4;
+int n_shares(int n_threads, int n_tasks);
+
+// Calls body(context, share) for all shares of n_tasks tasks, on up to n_threads threads, and returns when all are
+// done. Which tasks are a share depends on the two numbers only, so sums over shares come out the same in every run.
+using Body = void (*)(void* context, const Share& share);
 void run_parallel(int n_threads, int n_tasks, Body body, void* context);
 
 }  // namespace decouplify

@@ -79,11 +79,11 @@ static void linear(const float* weight, const float* bias, const float* x, int n
   // Below this a loop is over before the other threads have heard of it.
   const int threads = int64_t{n_inputs} * n_outputs < (1 << 17) ? 1 : n_threads;
   const int n_parts = smaller(threads, divide_up(n_outputs, kLanes));
-  parallel(threads, n_parts, [&](int begin, int end, int) {
+  parallel(threads, n_parts, [&](const Share& share) {
     const int n_vectors = divide_up(n_outputs, kLanes);
-    const int from = part(n_vectors, n_parts, begin) * kLanes;
+    const int from = part(n_vectors, n_parts, share.begin) * kLanes;
     linear_range(weight, bias, x, n_inputs, y, n_outputs, activation, from,
-                 smaller(n_outputs, part(n_vectors, n_parts, end) * kLanes));
+                 smaller(n_outputs, part(n_vectors, n_parts, share.end) * kLanes));
   });
 }
 

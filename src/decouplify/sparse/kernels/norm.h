@@ -14,7 +14,7 @@ struct LayerNorm {
   const float* input(int i, int64_t at) const { return call.in + call.channels[i] * norm.geometry.plane + at; }
 
   template <int NV>
-  void run_tile(int64_t position, int thread) const {
+  void run_tile(int64_t position, int slot) const {
     const int64_t at = norm.geometry.origin + position;
     Vec mean[NV] = {}, variance[NV] = {};
     for (int i = 0; i < call.n_channels; ++i) {
@@ -43,24 +43,25 @@ struct LayerNorm {
       for (int v = 0; v < NV; ++v) centred[v] = (exists ? load(x + v * kLanes) - mean[v] : -mean[v]) * scale[v];
       for (int v = 0; v < NV; ++v) centred[v] = centred[v] * norm.weight[c] + norm.bias[c];
       float* out = call.out + c * norm.geometry.plane + norm.geometry.origin;
-      const TileOutput to{nullptr, nullptr, out, nullptr, sums.of(thread, c), 0};
+      const TileOutput to{nullptr, nullptr, out, nullptr, sums.of(slot, c), 0};
       finish_row<NV>(centred, to, position, norm.geometry.mask, [](Vec x) { return x; });
     }
   }
 
+  static int n_tiles(const Geometry& g) { return divide_up(n_vectors(g), 4); }
+
   void run() const {
-    const int n_vectors = divide_up((norm.geometry.height - 1) * norm.geometry.row + norm.geometry.width, kLanes);
-    parallel(call.n_threads, divide_up(n_vectors, 4), [&](int begin, int end, int thread) {
-      int v = begin * 4;
-      const int last = smaller(end * 4, n_vectors);
-      for (; v + 4 <= last; v += 4) run_tile<4>(int64_t{v} * kLanes, thread);
-      for (; v < last; ++v) run_tile<1>(int64_t{v} * kLanes, thread);
+    parallel(call.n_threads, n_tiles(norm.geometry), [&](const Share& share) {
+      int v = share.begin * 4;
+      const int last = smaller(share.end * 4, n_vectors(norm.geometry));
+      for (; v + 4 <= last; v += 4) run_tile<4>(int64_t{v} * kLanes, share.index);
+      for (; v < last; ++v) run_tile<1>(int64_t{v} * kLanes, share.index);
     });
   }
 };
 
 static void normalise(const Norm& norm, const ConvolutionCall& call, Scratch& scratch) {
-  const PixelSums sums(call, scratch);
+  const PixelSums sums(call, n_shares(call.n_threads, LayerNorm::n_tiles(norm.geometry)), scratch);
   LayerNorm{norm, call, sums}.run();
   sums.finish();
 }

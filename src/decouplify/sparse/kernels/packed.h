@@ -90,9 +90,9 @@ class PackedInput {
 
   void pack() const {
     if (n_rest_ > 0) memset(rest_, 0, n_rest_ * n_weights() * sizeof(float));
-    parallel(call_.n_threads, call_.n_channels, [&](int begin, int end, int thread) {
-      float* pixels = scratch_.window[thread].reserve(n_pixels() + 4 * kLanes);
-      for (int i = begin; i < end; ++i) {
+    parallel(call_.n_threads, call_.n_channels, [&](const Share& share) {
+      float* pixels = scratch_.window[share.thread].reserve(n_pixels() + 4 * kLanes);
+      for (int i = share.begin; i < share.end; ++i) {
         for (int t = 0; t < taps_.n; ++t) pack_row(call_.channels[i], t, i * taps_.n + t, pixels);
       }
     });
@@ -206,25 +206,24 @@ struct PackedJob {
   int n_groups() const { return divide_up(call.n_filters, input.filters_at_once()); }
 
   void run_all() const {
-    share(call.n_threads, input.n_tiles(), n_groups(), [&](int tile0, int tile1, int group0, int group1, int thread) {
-      run(tile0, tile1, group0, group1, thread);
-    });
+    share(call.n_threads, input.n_tiles(), n_groups(), [&](const Part& part) { run(part); });
   }
 
-  void run(int tile0, int tile1, int group0, int group1, int thread) const {
+  void run(const Part& part) const {
     // All at once where vectors are long: nothing else was tried there, and such processors have larger caches.
     const int most = kLanes > 8 ? n_groups() : groups_at_once(input.n_weights() * input.filters_at_once());
-    for (int begin = group0; begin < group1; begin += most) {
-      const int end = smaller(begin + most, group1);
-      for (int tile = tile0; tile < tile1; ++tile) {
+    for (int begin = part.group0; begin < part.group1; begin += most) {
+      const int end = smaller(begin + most, part.group1);
+      for (int tile = part.tile0; tile < part.tile1; ++tile) {
         const int64_t first = input.first_pixel(tile) / conv.out.width * conv.out.row;
-        for (int group = begin; group < end; ++group) run_group(tile, first, group, tile == tile0, thread);
+        const bool fetches = part.fetches && tile == part.tile0;
+        for (int group = begin; group < end; ++group) run_group(tile, first, group, fetches, part.slot);
       }
     }
   }
 
   // `first`: the first position of the tile in an output plane.
-  void run_group(int tile, int64_t first, int group, bool fetches, int thread) const {
+  void run_group(int tile, int64_t first, int group, bool fetches, int slot) const {
     alignas(64) float products[kMostFilters * kProductFloats];
     const int n0 = part(call.n_filters, n_groups(), group), n1 = part(call.n_filters, n_groups(), group + 1);
     const Stream ahead =
@@ -238,15 +237,15 @@ struct PackedJob {
     input.multiply(tile, n0, n1, fetches, ahead, outputs, by_and_by ? n_outputs : 0, products);
     for (int i = n0; i < n1; ++i) {
       TileOutput to = output_of(conv, call, call.filters[i]);
-      to.partial_sum = sums.of(thread, i);
+      to.partial_sum = sums.of(slot, i);
       finish_pixels(products + (i - n0) * kProductFloats, input, tile, to, conv.activation);
     }
   }
 };
 
 static void convolve_packed(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
-  const PixelSums sums(call, scratch);
   const PackedInput input(conv, call, scratch);
+  const PixelSums sums(call, n_slots(call.n_threads, input.n_tiles()), scratch);
   PackedJob{conv, call, sums, input}.run_all();
   sums.finish();
 }

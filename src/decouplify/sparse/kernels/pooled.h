@@ -61,16 +61,15 @@ class PooledJob {
     ConvolutionCall call = call_;
     call.out = memory_, call.sums = nullptr;
     if (first > 0) call.ahead.n_lines[0] = call.ahead.n_lines[1] = 0;
-    const PixelSums no_sums(call, scratch_);
     move(first);
-    Winograd<Transform44, 1>{conv, call, sources, no_sums, scratch_}.run();
+    Winograd<Transform44, 1>(conv, call, sources, scratch_).run();
     move(-first);
   }
 
   // Rows [begin, end) of the output, from a band whose first row is `first`.
   void pool(int first, int begin, int end) const {
-    parallel(pooled_.n_threads, pooled_.n_channels, [&](int from, int to, int) {
-      for (int i = from; i < to; ++i) {
+    parallel(pooled_.n_threads, pooled_.n_channels, [&](const Share& share) {
+      for (int i = share.begin; i < share.end; ++i) {
         const int channel = pooled_.channels[i];
         const float* plane = memory_ + channel * band_.plane + band_.origin - int64_t{first} * band_.row;
         alignas(64) float partial[kLanes] = {};

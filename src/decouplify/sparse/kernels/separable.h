@@ -21,9 +21,9 @@ class SeparableJob {
   SeparableJob(const Separable& layers, Scratch& scratch)
       : layers_(layers),
         scratch_(scratch),
-        sums_(layers.outer, scratch),
         taps_(taps_of(layers.expand)),
-        expand_(expand_job(layers.expand, layers.window, layers.inner, scratch)) {
+        expand_(expand_job(layers.expand, layers.window, layers.inner, scratch)),
+        sums_(layers.outer, n_shares(layers.outer.n_threads, n_bands()), scratch) {
     expand_.input = tile_input(layers.expand, layers.inner, taps_, scratch);
   }
 
@@ -32,11 +32,11 @@ class SeparableJob {
     const int64_t plane = band_plane();
     Place* places = reserve_places(scratch_.inner_lists, n_inner);
     for (int i = 0; i < n_inner; ++i) places[i] = {i * plane, layers_.inner.filters[i]};
-    parallel(layers_.outer.n_threads, n_bands(), [&](int begin, int end, int thread) {
-      float* memory = scratch_.window[thread].reserve(n_inner * plane + kTileVectors * kLanes);
-      for (int band = begin; band < end; ++band) {
+    parallel(layers_.outer.n_threads, n_bands(), [&](const Share& share) {
+      float* memory = scratch_.window[share.thread].reserve(n_inner * plane + kTileVectors * kLanes);
+      for (int band = share.begin; band < share.end; ++band) {
         const Rows rows = rows_of(band);
-        if (rows.v0 < rows.v1) run_band(rows, memory, places, plane, band == begin, thread);
+        if (rows.v0 < rows.v1) run_band(rows, memory, places, plane, share.is_first && band == share.begin, share);
       }
     });
     sums_.finish();
@@ -80,11 +80,11 @@ class SeparableJob {
   }
 
   void run_band(const Rows& rows, float* memory, const Place* places, int64_t plane, bool is_first,
-                int thread) const {
+                const Share& share) const {
     float* origin = memory - whole_lines(int64_t{rows.first} * out().row);  // as if all rows were there
     const int n_groups = expand_.n_groups(), n = layers_.inner.n_filters;
     for (int group = 0; group < n_groups; ++group) {
-      expand_.run(rows, part(n, n_groups, group), part(n, n_groups, group + 1), thread, [&](int i) {
+      expand_.run(rows, part(n, n_groups, group), part(n, n_groups, group + 1), share.thread, [&](int i) {
         TileOutput to{};
         to.out = origin + i * plane;
         to.bias = layers_.window.bias[layers_.inner.filters[i]];
@@ -95,14 +95,14 @@ class SeparableJob {
     const TileInput in{origin, places, n, kPoint, 1};
     const int n_filters = layers_.outer.n_filters;
     const DirectJob job{layers_.project, layers_.outer, sums_, in, 0, n_filters, rows.v0, rows.v1, scratch_};
-    job.run(0, job.n_tiles(), 0, job.n_filter_groups(), is_first, thread);
+    job.run({0, job.n_tiles(), 0, job.n_filter_groups(), share.thread, share.index, is_first});
   }
 
   const Separable& layers_;
   Scratch& scratch_;
-  PixelSums sums_;
   Taps taps_;  // of the first convolution
   ExpandJob expand_;
+  PixelSums sums_;
 };
 
 static bool separate(const Separable& layers, Scratch& scratch) {

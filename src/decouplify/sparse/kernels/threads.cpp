@@ -24,34 +24,55 @@ void relax() {}
 // The next loop of a network follows within microseconds; sleeping in between would cost more than the loop.
 constexpr int kSpins = 4000;
 
+int most_threads(int asked) { return asked < Scratch::kMaxThreads ? asked : Scratch::kMaxThreads; }
+
 struct Loop {
   Body body;
   void* context;
-  int n_tasks, n_threads;
+  int n_tasks, n_threads, n_shares;
+  uint64_t number;
 
-  void run(int thread) const {
-    const auto edge = [this](int i) { return static_cast<int>(int64_t{n_tasks} * i / n_threads); };
-    if (edge(thread) < edge(thread + 1)) body(context, edge(thread), edge(thread + 1), thread);
+  void run(int share, int thread, bool is_first) const {
+    const auto edge = [this](int i) { return static_cast<int>(int64_t{n_tasks} * i / n_shares); };
+    body(context, {edge(share), edge(share + 1), thread, share, is_first});
   }
 };
 
+// Where a loop stands, in one word, which workers join and leave with one instruction.
+class State {
+ public:
+  static constexpr uint64_t kOne = 1, kRunning = 0xff, kOpen = 1 << 8;
+
+  explicit State(uint64_t word) : word_(word) {}
+  static uint64_t opened(const Loop& loop) { return loop.number << 32 | uint64_t(loop.n_threads) << 16 | kOpen; }
+
+  uint32_t number() const { return word_ >> 32; }
+  bool takes(int thread) const { return (word_ & kOpen) != 0 && thread < static_cast<int>(word_ >> 16 & 0xff); }
+  int n_running() const { return word_ & kRunning; }
+
+ private:
+  uint64_t word_;
+};
+
+// Threads take a loop's shares as they come to them: a core that others use as well, or that waits for memory, does
+// less, and one that is asleep nothing.
 class Pool {
  public:
   // Whether the loop was done; false if the pool serves another caller.
-  bool run(const Loop& loop) {
+  bool run(Loop loop) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
     if (!busy.owns_lock()) return false;
     grow(loop.n_threads - 1);
+    loop.number = ++n_loops_;
     loop_ = loop;
-    n_running_.store(loop.n_threads - 1, std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      // Only workers that take part hear of the loop: a late one could otherwise read the next loop twice.
-      for (int thread = 1; thread < loop.n_threads; ++thread) posted_[thread].fetch_add(1, std::memory_order_release);
+      state_.store(State::opened(loop), std::memory_order_release);
     }
     wake_.notify_all();
-    loop.run(0);
-    for (int i = 0; n_running_.load(std::memory_order_acquire) > 0; ++i) {
+    take_shares(0);
+    state_.fetch_and(~State::kOpen, std::memory_order_acq_rel);
+    for (int i = 0; State(state_.load(std::memory_order_acquire)).n_running() > 0; ++i) {
       // The worker may be waiting for this very core.
       i < kSpins ? relax() : std::this_thread::yield();
     }
@@ -64,27 +85,56 @@ class Pool {
   }
 
   void work(int thread) {
-    for (uint64_t seen = 0;;) {
-      seen = wait(posted_[thread], seen);
-      loop_.run(thread);
-      n_running_.fetch_sub(1, std::memory_order_release);
+    for (uint32_t seen = 0;;) {
+      seen = wait(seen);
+      if (!join(thread, seen)) continue;
+      take_shares(thread);
+      state_.fetch_sub(State::kOne, std::memory_order_release);
     }
   }
 
-  uint64_t wait(const std::atomic<uint64_t>& posted, uint64_t seen) {
+  // The number of a loop that is not the one seen last.
+  uint32_t wait(uint32_t seen) {
+    const auto number = [this] { return State(state_.load(std::memory_order_acquire)).number(); };
     for (int i = 0; i < kSpins; ++i) {
-      if (posted.load(std::memory_order_acquire) != seen) return seen + 1;
+      if (const uint32_t found = number(); found != seen) return found;
       relax();
     }
     std::unique_lock<std::mutex> lock(mutex_);
-    wake_.wait(lock, [&] { return posted.load(std::memory_order_acquire) != seen; });
-    return seen + 1;
+    wake_.wait(lock, [&] { return number() != seen; });
+    return number();
+  }
+
+  // Whether this worker takes part; the loop stays as it is until it leaves.
+  bool join(int thread, uint32_t number) {
+    uint64_t word = state_.load(std::memory_order_acquire);
+    while (State(word).number() == number && State(word).takes(thread)) {
+      if (state_.compare_exchange_weak(word, word + State::kOne, std::memory_order_acq_rel)) return true;
+    }
+    return false;
+  }
+
+  // First those near to what this thread did in the loop before, then what others have left, from the far end.
+  void take_shares(int thread) {
+    const Loop& loop = loop_;
+    const auto first = [&](int of) { return loop.n_shares * of / loop.n_threads; };
+    int n_taken = 0;
+    const auto take = [&](int share) {
+      if (taken_[share].exchange(loop.number, std::memory_order_acq_rel) == loop.number) return;
+      loop.run(share, thread, n_taken++ == 0);
+    };
+    for (int share = first(thread); share < first(thread + 1); ++share) take(share);
+    for (int i = 1; i < loop.n_threads; ++i) {
+      const int other = (thread + i) % loop.n_threads;
+      for (int share = first(other + 1) - 1; share >= first(other); --share) take(share);
+    }
   }
 
   std::mutex busy_, mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> posted_[Scratch::kMaxThreads] = {};  // loops each worker was called to
-  std::atomic<int> n_running_{0};
+  std::atomic<uint64_t> state_{0};
+  std::atomic<uint64_t> taken_[kSharesPerThread * Scratch::kMaxThreads] = {};  // per share, the last loop that had it
+  uint64_t n_loops_ = 0;
   int n_workers_ = 0;
   Loop loop_{};
 };
@@ -108,12 +158,18 @@ Pool& get_pool() {
 
 }  // namespace
 
+int n_shares(int n_threads, int n_tasks) {
+  const int most = n_threads <= 1 ? 1 : kSharesPerThread * most_threads(n_threads);
+  return n_tasks < most ? n_tasks : most;
+}
+
 void run_parallel(int n_threads, int n_tasks, Body body, void* context) {
-  const int limit = n_threads < Scratch::kMaxThreads ? n_threads : Scratch::kMaxThreads;
-  const Loop loop{body, context, n_tasks, limit < n_tasks ? limit : n_tasks};
   if (n_tasks <= 0) return;
+  const int n_shares = decouplify::n_shares(n_threads, n_tasks);
+  const int limit = most_threads(n_threads);
+  const Loop loop{body, context, n_tasks, limit < n_shares ? limit : n_shares, n_shares, 0};
   if (loop.n_threads > 1 && get_pool().run(loop)) return;
-  for (int thread = 0; thread < loop.n_threads; ++thread) loop.run(thread);
+  for (int share = 0; share < n_shares; ++share) loop.run(share, 0, share == 0);
 }
 
 }  // namespace decouplify

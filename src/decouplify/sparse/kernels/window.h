@@ -70,9 +70,9 @@ static void slide(const Window& window, const WindowCall& call, Scratch& scratch
   Taps taps = taps_of(window);
   in_place ? place_in_plane(taps, window.in) : place_in_phases(taps, window.out);
   const float outside = window.kind == WindowKind::kMax ? -std::numeric_limits<float>::infinity() : 0.0f;
-  parallel(call.n_threads, call.n_channels, [&](int begin, int end, int thread) {
-    float* gathered = in_place ? nullptr : scratch.window[thread].reserve(taps.channel() + kTileVectors * kLanes);
-    for (int i = begin; i < end; ++i) {
+  parallel(call.n_threads, call.n_channels, [&](const Share& share) {
+    float* gathered = in_place ? nullptr : scratch.window[share.thread].reserve(taps.channel() + kTileVectors * kLanes);
+    for (int i = share.begin; i < share.end; ++i) {
       const int channel = call.channels[i];
       const float* plane = call.in + channel * window.in.plane + window.in.origin;
       const bool exists = call.live[channel];

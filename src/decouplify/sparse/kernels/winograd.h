@@ -160,8 +160,11 @@ struct Winograd {
   const Convolution& conv;
   const ConvolutionCall& call;
   const Sources& sources;
-  const PixelSums& sums;
   Scratch& scratch;
+  const PixelSums sums;
+
+  Winograd(const Convolution& conv, const ConvolutionCall& call, const Sources& sources, Scratch& scratch)
+      : conv(conv), call(call), sources(sources), scratch(scratch), sums(call, n_slots(), scratch) {}
 
   int runs_per_row() const { return divide_up(conv.out.width, kRunWidth); }
   int n_runs() const { return divide_up(conv.out.height, M * ROWS) * runs_per_row(); }
@@ -228,7 +231,7 @@ struct Winograd {
   }
 
   // Filters [n0, n1) of the list on one block. fetches: whether their weights are met for the first time.
-  void run_filters(const Block& block, int n0, int n1, bool fetches, int thread) const {
+  void run_filters(const Block& block, int n0, int n1, bool fetches, int thread, int slot) const {
     const int n = n1 - n0, n_groups = divide_up(n, filters_at_once(block.n));
     if (n == 0) return;
     const int64_t point = int64_t{block.n} * kLanes, filter = kPoints * point + 16;
@@ -257,16 +260,16 @@ struct Winograd {
     for (int i = 0; i < kPoints * n_groups; ++i) {
       block.n == 1 ? run_group(i % kPoints, i / kPoints) : run_group(i / n_groups, i % n_groups);
     }
-    for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, thread);
+    for (int i = 0; i < n; ++i) finish_filter(block, n0 + i, products + i * filter, slot);
   }
 
-  void finish_filter(const Block& block, int i, const float* products, int thread) const {
+  void finish_filter(const Block& block, int i, const float* products, int slot) const {
     const TileOutput to = output_of(conv, call, call.filters[i]);
     Vec total{};
     for (int v = 0; v < block.n; ++v) {
       finish_tiles(products + v * kLanes, int64_t{block.n} * kLanes, block.first + v, to, total);
     }
-    float* partial = sums.of(thread, i);
+    float* partial = sums.of(slot, i);
     if (partial != nullptr) store(partial, load(partial) + total);
   }
 
@@ -313,37 +316,50 @@ struct Winograd {
     store_first(to.out + at, y, n);
   }
 
-  // Enough blocks: each thread transforms and finishes its own.
+  // Blocks that a thread has to itself, from the first one on; what is left over would keep one waiting for another.
+  int n_apart() const {
+    const int n_threads = call.n_threads;
+    return n_blocks() < 2 * n_threads && n_threads > 1 ? 0 : n_blocks() / n_threads * n_threads;
+  }
+  int n_slots() const { return n_apart() == 0 ? 1 : n_shares(call.n_threads, n_apart()); }
+
+  // Each thread transforms and finishes its own.
   void run_by_block() const {
-    parallel(call.n_threads, n_blocks(), [&](int begin, int end, int thread) {
-      for (int i = begin; i < end; ++i) {
-        const Block block = block_at(i, scratch.transformed[thread]);
+    parallel(call.n_threads, n_apart(), [&](const Share& share) {
+      for (int i = share.begin; i < share.end; ++i) {
+        const Block block = block_at(i, scratch.transformed[share.thread]);
         for (int c = 0; c < sources.n; ++c) transform_input(block, c);
-        for (int f = 0; f < n_filter_blocks(); ++f) run_filter_block(block, i, f, i == begin, thread);
+        for (int f = 0; f < n_filter_blocks(); ++f) {
+          run_filter_block(block, i, f, share.is_first && i == share.begin, share.thread, share.index);
+        }
       }
     });
   }
 
-  // Few blocks: threads share the transformed input and read disjoint parts of the weights.
+  // Threads share the transformed input and read disjoint parts of the weights.
   void run_by_filter() const {
-    for (int i = 0; i < n_blocks(); ++i) {
+    for (int i = n_apart(); i < n_blocks(); ++i) {
       const Block block = block_at(i, scratch.transformed[0]);
-      parallel(call.n_threads, sources.n, [&](int begin, int end, int) {
-        for (int c = begin; c < end; ++c) transform_input(block, c);
+      parallel(call.n_threads, sources.n, [&](const Share& share) {
+        for (int c = share.begin; c < share.end; ++c) transform_input(block, c);
       });
-      parallel(call.n_threads, n_filter_blocks(), [&](int begin, int end, int thread) {
-        for (int f = begin; f < end; ++f) run_filter_block(block, i, f, i == 0, thread);
+      parallel(call.n_threads, n_filter_blocks(), [&](const Share& share) {
+        for (int f = share.begin; f < share.end; ++f) run_filter_block(block, i, f, i == n_apart(), share.thread, 0);
       });
     }
   }
 
-  void run_filter_block(const Block& block, int i_block, int f, bool fetches, int thread) const {
+  void run_filter_block(const Block& block, int i_block, int f, bool fetches, int thread, int slot) const {
     const int parts = n_filter_blocks(), n0 = part(call.n_filters, parts, f), n1 = part(call.n_filters, parts, f + 1);
     fetch_part(call.ahead, i_block * parts + f, n_blocks() * parts);
-    run_filters(block, n0, n1, fetches, thread);
+    run_filters(block, n0, n1, fetches, thread, slot);
   }
 
-  void run() const { call.n_threads == 1 || n_blocks() >= 2 * call.n_threads ? run_by_block() : run_by_filter(); }
+  void run() const {
+    run_by_block();
+    run_by_filter();
+    sums.finish();
+  }
 };
 
 DECOUPLIFY_INLINE Sources new_sources(int n, Scratch& scratch) {
@@ -359,13 +375,11 @@ static void convolve_winograd(const Convolution& conv, const ConvolutionCall& ca
     sources.plane[i] = call.in + call.channels[i] * conv.in.plane + conv.in.origin - conv.in.row - 1;
     sources.column[i] = call.channels[i];
   }
-  const PixelSums sums(call, scratch);
   if (conv.out.width <= kLanes / 2 && conv.out.height > T::kTile) {
-    Winograd<T, 2>{conv, call, sources, sums, scratch}.run();
+    Winograd<T, 2>(conv, call, sources, scratch).run();
   } else {
-    Winograd<T, 1>{conv, call, sources, sums, scratch}.run();
+    Winograd<T, 1>(conv, call, sources, scratch).run();
   }
-  sums.finish();
 }
 
 // Stride 2: every phase of a channel is a source, and the sum over taps a sum over phases and up to 4 x 4 taps of each.
@@ -375,8 +389,8 @@ static Sources strided_sources(const Convolution& conv, const ConvolutionCall& c
   out.height = divide_up(out.height, 4) * 4;  // tiles read as far, and what they read must be finite
   place_in_phases(taps, out);
   float* gathered = scratch.gathered.reserve(taps.channel() * call.n_channels + 8 * out.row + 4 * kLanes);
-  parallel(call.n_threads, call.n_channels, [&](int begin, int end, int) {
-    for (int i = begin; i < end; ++i) {
+  parallel(call.n_threads, call.n_channels, [&](const Share& share) {
+    for (int i = share.begin; i < share.end; ++i) {
       const float* plane = call.in + call.channels[i] * conv.in.plane + conv.in.origin;
       gather_channel(plane, taps, conv.in, out, gathered + i * taps.channel(), 0.0f);
     }
@@ -392,9 +406,7 @@ static Sources strided_sources(const Convolution& conv, const ConvolutionCall& c
 
 static void convolve_winograd_strided(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch) {
   const Sources sources = strided_sources(conv, call, scratch);
-  const PixelSums sums(call, scratch);
-  Winograd<Transform44, 1>{conv, call, sources, sums, scratch}.run();
-  sums.finish();
+  Winograd<Transform44, 1>(conv, call, sources, scratch).run();
 }
 
 // to[point * stride] = the transform of one filter plane, in double precision.
