@@ -25,6 +25,7 @@ def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("latency", ROOT / "benchmarks" / "latency.py")
     module = importlib.util.module_from_spec(spec)
     before, sys.modules["latency"] = list(sys.path), module  # dataclasses look their module up
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as python does for a script
     spec.loader.exec_module(module)
     sys.path[:] = before
     return module
@@ -70,3 +71,13 @@ def test_the_page_shows_the_last_result_of_each_row_and_what_is_missing(script: 
 def test_without_results_there_is_no_page(script: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no results"):
         script.page(script.latest(tmp_path / "absent.jsonl"))
+
+
+def test_every_machine_has_a_table_of_its_own(script: ModuleType, tmp_path: Path) -> None:
+    for name, machine in (("memory-avx2", "second"), ("memory", "first")):
+        rows = [{"machine": machine, "network": network} for network in ("a", "b")]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = script.machines.tables(tmp_path / "memory.jsonl", "| network |", lambda row: [row["network"]])
+    table = ["", "| network |", "| --- |", "| a |", "| b |", ""]
+    assert lines == ["first:", *table, "second:", *table]
+    assert script.machines.tables(tmp_path / "absent.jsonl", "| network |", lambda row: []) == []
