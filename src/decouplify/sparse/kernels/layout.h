@@ -73,7 +73,8 @@ constexpr int kSharesPerThread = 4;
 int n_shares(int n_threads, int n_tasks);
 
 // Calls body(context, share) for all shares of n_tasks tasks, on up to n_threads threads, and returns when all are
-// done. Which tasks are a share depends on the two numbers only, so sums over shares come out the same in every run.
+// done; if a body threw std::bad_alloc, throws it then. Which tasks are a share depends on the two numbers only, so sums
+// over shares come out the same in every run.
 using Body = void (*)(void* context, const Share& share);
 void run_parallel(int n_threads, int n_tasks, Body body, void* context);
 

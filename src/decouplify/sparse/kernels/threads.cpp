@@ -5,6 +5,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 
 #include "layout.h"
@@ -76,12 +78,15 @@ class Pool {
       // The worker may be waiting for this very core.
       i < kSpins ? relax() : std::this_thread::yield();
     }
+    if (has_no_memory_.exchange(false, std::memory_order_acq_rel)) throw std::bad_alloc();
     return true;
   }
 
  private:
-  void grow(int n_workers) {
+  // Where the system gives no more threads, those that there are take all shares.
+  void grow(int n_workers) try {
     for (; n_workers_ < n_workers; ++n_workers_) std::thread(&Pool::work, this, n_workers_ + 1).detach();
+  } catch (const std::system_error&) {
   }
 
   void work(int thread) {
@@ -121,7 +126,11 @@ class Pool {
     int n_taken = 0;
     const auto take = [&](int share) {
       if (taken_[share].exchange(loop.number, std::memory_order_acq_rel) == loop.number) return;
-      loop.run(share, thread, n_taken++ == 0);
+      try {
+        loop.run(share, thread, n_taken++ == 0);
+      } catch (const std::bad_alloc&) {
+        has_no_memory_.store(true, std::memory_order_release);  // for the caller, once nobody is at work any more
+      }
     };
     for (int share = first(thread); share < first(thread + 1); ++share) take(share);
     for (int i = 1; i < loop.n_threads; ++i) {
@@ -133,6 +142,7 @@ class Pool {
   std::mutex busy_, mutex_;
   std::condition_variable wake_;
   std::atomic<uint64_t> state_{0};
+  std::atomic<bool> has_no_memory_{false};
   std::atomic<uint64_t> taken_[kSharesPerThread * Scratch::kMaxThreads] = {};  // per share, the last loop that had it
   uint64_t n_loops_ = 0;
   int n_workers_ = 0;
