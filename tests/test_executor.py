@@ -95,6 +95,32 @@ def test_other_precisions_run_in_the_reference() -> None:
         assert "because the weights are not float32" in repr(fast)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_converted_sparse_form_is_one_of_that_type(dtype: torch.dtype) -> None:
+    model = randomise_gates(decouplify.wrap(TOYS["Plain"].build(), SIZE)).eval()
+    fast, images = decouplify.sparsify(model), random_images(2)
+    before = fast(images)
+    assert fast.to(dtype) is fast
+    assert fast.program_for(SIZE) is None
+    assert "engine:" not in repr(fast)
+    assert fast(images.to(dtype)).dtype is dtype
+    larger = torch.randn(1, SIZE[0], 20, 20)  # another program, made after the conversion
+    assert fast(larger.to(dtype)).dtype is dtype
+    if dtype is torch.float64:
+        assert torch.equal(fast.float()(images), before)
+        assert "engine:" in repr(fast) or native.engine() is None
+
+
+def test_images_that_the_weights_cannot_meet_are_refused() -> None:
+    model = decouplify.wrap(TOYS["Plain"].build(), SIZE).eval()
+    fast = decouplify.sparsify(model)
+    for dtype in (torch.uint8, torch.float64, torch.float16):
+        with pytest.raises(ValueError, match=rf"images of {dtype} given; torch.float32 wanted"):
+            fast(random_images(1).to(dtype))
+    with pytest.raises(TypeError, match="ndarray given; a tensor of shape"):
+        fast(random_images(1).numpy())
+
+
 class _ChangesWhatIsReadAgain(nn.Module):
     """An in-place activation whose input another branch reads afterwards."""
 

@@ -125,6 +125,15 @@ def test_double_precision_agrees_to_its_own_rounding(name: str) -> None:
     assert decouplify.verify(model, decouplify.sparsify(model), images, rtol=1e-12).output_error <= 1e-12
 
 
+def test_differences_of_a_short_precision_are_called_so() -> None:
+    model = randomise_gates(decouplify.wrap(TOYS["Plain"].build().bfloat16(), SIZE)).eval()
+    fast = decouplify.sparsify(model)
+    with torch.no_grad():
+        fast.graphs[0].get_parameter(next(name for name, _ in fast.graphs[0].named_parameters())).mul_(2)
+    with pytest.raises(VerificationError, match=r"In torch.bfloat16 .* compare them in float32"):
+        decouplify.verify(model, fast, random_images(2).bfloat16())
+
+
 def test_models_on_maps_keep_the_structure_of_their_output() -> None:
     for name in ("TwoOutputs", "DictOutput"):
         model, fast = masked_and_sparse(name)

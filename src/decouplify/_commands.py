@@ -132,7 +132,7 @@ _Part = Annotated[_Split, typer.Option(help="Which part of the images.")]
 def inspect(
     model: _Model,
     input_size: Annotated[str | None, typer.Option(metavar="C,H,W", help="Size of one image.")] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Classes; by default the model's own.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Classes; by default the model's own.")] = None,
     linear_as_conv: _Linear = False,
     only: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Gate these only; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these; may be repeated.")] = None,
@@ -482,7 +482,7 @@ def bench(
     cores: Annotated[str | None, typer.Option(metavar="I,J", help="Cores to stay on, one per thread.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
     rounds: Annotated[int, typer.Option(min=3, help="How often each contender runs.")] = Protocol.rounds,
-    seconds: Annotated[float, typer.Option(help="Start no round after this time.")] = Protocol.seconds,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Start no round after this time.")] = Protocol.seconds,
     runtime: Annotated[
         list[str] | None, typer.Option(help=f"Dense runtimes, of {', '.join(RUNTIMES)}; all by default.")
     ] = None,
@@ -498,9 +498,15 @@ def bench(
     if Path(model).is_file():
         if not gates.are_open:
             raise ValueError(f"{model} has gates of its own; --keep and --mac-reduction are for networks without")
+        if input_size is not None:
+            raise ValueError(f"--input-size {input_size}: {model} runs on the images of --data, as large as they are")
         network, images = _trained_network(Path(model), data)
         size = None
     else:
+        if Path(model).suffix == ".safetensors":
+            raise FileNotFoundError(f"no checkpoint at {model}")
+        if data is not None:
+            raise ValueError(f"--data {data}: {model} runs on random images; give their size with --input-size")
         network, images = build_model(model).eval(), None
         size = default_input_size(network) if input_size is None else _parse_size(input_size)
         calibrate_norms(network, random_images(8, size))

@@ -319,3 +319,7 @@ def test_bench_refuses_what_does_not_fit(run, trained):
     result = run("bench", trained.checkpoint, "--data", trained.data, "--keep", 0.5, exit_code=2)
     assert "has gates of its own" in result.stderr
     assert "wanted numbers of cores" in run("bench", SPEC, "--cores", "a", exit_code=2).stderr
+    sized = run("bench", trained.checkpoint, "--data", trained.data, "--input-size", "3,8,8", exit_code=2)
+    assert "as large as they are" in sized.stderr
+    assert "runs on random images" in run("bench", SPEC, "--data", trained.data, exit_code=2).stderr
+    assert "no checkpoint at absent.safetensors" in run("bench", "absent.safetensors", exit_code=2).stderr

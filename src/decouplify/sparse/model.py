@@ -149,7 +149,8 @@ class SparseModel(nn.Module):
             images: Shape (N, C, H, W), on the CPU, N >= 1.
 
         Raises:
-            ValueError: If the images have another rank or are not on the CPU.
+            ValueError: If the images have another rank, are not on the CPU, or of a type that the weights cannot meet.
+            TypeError: If they are no tensor.
         """
         self._check(images)
         lowered = self.lowered_for(tuple(images.shape[1:]))
@@ -168,7 +169,30 @@ class SparseModel(nn.Module):
                 with self._lock:
                     self.n_undefined += 1
         with torch.no_grad():
-            return lowered.module(image)
+            try:
+                return lowered.module(image)
+            except RuntimeError as error:
+                if image.dtype == self._dtype:
+                    raise
+                raise ValueError(
+                    f"SparseModel: images of {image.dtype} given; {self._dtype} wanted, as the weights are. "
+                    f"Convert the images: .to({self._dtype})"
+                ) from error
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return next((p.dtype for p in self._source[0].parameters() if p.is_floating_point()), None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModel:
+        """Converts (``half()``, ``double()``, ``to``) what later programs are made of as well."""
+        super()._apply(fn, recurse)
+        before = self._dtype
+        for module in (self._source[0], self._decoupling[0]):
+            module._apply(fn)
+        if self._dtype != before:
+            self._forget()
+            self.lowered_for(self.plan.input_size)
+        return self
 
     @torch.no_grad()
     def run_observed(
@@ -280,6 +304,8 @@ class SparseModel(nn.Module):
         return f"reference: pure torch, because {reason}" if reason and native.engine() is not None else backend()
 
     def _check(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"SparseModel: {type(images).__name__} given; a tensor of shape (N, C, H, W) wanted")
         if images.dim() != 4 or len(images) == 0:
             raise ValueError(
                 f"SparseModel: images of shape {tuple(images.shape)} given; (N, C, H, W) with N >= 1 wanted"

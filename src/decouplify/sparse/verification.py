@@ -80,7 +80,8 @@ def verify(model: nn.Module, fast: SparseModel, images: Tensor, rtol: float = 1e
     Args:
         model: The wrapped model; its modes are kept.
         fast: Its sparse form.
-        images: Shape (N, C, H, W), finite.
+        images: Shape (N, C, H, W), finite, of the weights' type. Of types with fewer than 32 bits expect differences of
+            their own precision, and other gates: compare such models in float32.
         rtol: Largest error accepted, relative to the largest magnitude of each value.
 
     Returns:
@@ -103,7 +104,7 @@ def verify(model: nn.Module, fast: SparseModel, images: Tensor, rtol: float = 1e
             for image in images:
                 comparison.add(model, image[None])
     report = comparison.report(len(images))
-    _raise_if_different(report, comparison.far, rtol)
+    _raise_if_different(report, comparison.far, rtol, images.dtype)
     return report
 
 
@@ -182,13 +183,18 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _raise_if_different(report: VerificationReport, far: dict[str, float], rtol: float) -> None:
+def _raise_if_different(report: VerificationReport, far: dict[str, float], rtol: float, dtype: torch.dtype) -> None:
+    trained = "Was the model trained after sparsify?"
+    if dtype.itemsize < 4:
+        trained = (
+            f"In {dtype} the two forms round every layer differently: compare them in float32. Or was the model "
+            "trained after sparsify?"
+        )
     if far:
         name, margin = next(iter(far.items()))
         raise VerificationError(
             f"verify: gates of '{name}' differ although their logits are up to {margin:.2g} away from the threshold. "
-            "Was the model trained after sparsify, or do these images take paths that sparsify(paths=...) was not "
-            "given? Sparsify it again.",
+            f"{trained} Or do these images take paths that sparsify(paths=...) was not given? Sparsify it again.",
             report,
         )
     wrong = [layer for layer in report.layers if not layer.error <= rtol]
@@ -196,7 +202,6 @@ def _raise_if_different(report: VerificationReport, far: dict[str, float], rtol:
         first = f"'{wrong[0].module}' by {wrong[0].error:.2g}" if wrong else f"the output by {report.output_error:.2g}"
         raise VerificationError(
             f"verify: the sparse form differs from the masked form in {len(wrong)} of {len(report.layers)} layers, "
-            f"first in {first} (relative, {rtol:.0e} allowed). Was the model trained after sparsify? Sparsify it "
-            "again.",
+            f"first in {first} (relative, {rtol:.0e} allowed). {trained} Sparsify it again.",
             report,
         )
