@@ -35,7 +35,8 @@ def norm(kind: str, n: int) -> nn.Module:
     return {
         "bn": nn.BatchNorm2d,
         "ln": LayerNorm2d,
-        "gn": lambda c: nn.GroupNorm(1, c),
+        # Of one channel a plane may be one pixel, and torch refuses to normalise a single value.
+        "gn": lambda c: nn.GroupNorm(1, c) if c > 1 else nn.Identity(),
         "none": lambda c: nn.Identity(),
     }[kind](n)
 
