@@ -185,8 +185,8 @@ class SparseModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModel:
         """Converts (``half()``, ``double()``, ``to``) what later programs are made of as well."""
+        before = self._dtype  # first, for programs may share tensors with what they are made of
         super()._apply(fn, recurse)
-        before = self._dtype
         for module in (self._source[0], self._decoupling[0]):
             module._apply(fn)
         if self._dtype != before:
