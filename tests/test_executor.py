@@ -348,6 +348,13 @@ def test_what_is_fastest_within_the_network_is_taken(fastest: Algorithm, monkeyp
     assert all(z == n - n // 3 for run_gates in n_open for z, n in run_gates)
 
 
+def test_what_slows_whole_rounds_changes_no_choice() -> None:
+    """Ways are compared within rounds: the one quiet moment, which direct convolution had, tells nothing."""
+    direct, winograd = [1.0, 3.0, 3.0, 3.3, 3.0], [2.0, 1.8, 1.8, 1.98, 2.4]
+    settled = tuning._settled({Algorithm.DIRECT: direct, Algorithm.WINOGRAD_2: winograd})
+    assert settled == {Algorithm.DIRECT: 1.0, Algorithm.WINOGRAD_2: pytest.approx(0.6)}
+
+
 @pytest.mark.parametrize(
     ("winograd_2", "winograd_4", "wanted"),
     [

@@ -11,9 +11,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ from decouplify.sparse.timed import TimedRun
 
 __all__ = ["cache_file", "choose_algorithms"]
 
-#: The shortest time of a layer by way.
+#: The time of a layer by way.
 Seconds = dict[Algorithm, float]
 #: Directory of the file with measured times; the system's cache directory if not set, none if empty.
 CACHE_VARIABLE = "DECOUPLIFY_CACHE"
 
 #: Raised whenever kernels change so much that choices measured before may be wrong.
-_EDITION = 5
-_N_ROUNDS = 5
+_EDITION = 6
+_N_ROUNDS = 9
 #: Winograd keeps weights of its own, up to four times as many. A way must be faster by so much than all that keep less.
 _GAIN = 1.05
 _LARGEST_KEPT = 1.5  # times the network's own weights, for all that Winograd keeps
@@ -149,10 +150,10 @@ def _groups(program: Program, candidates: list[_Candidate]) -> Iterator[list[_Ca
 
 @torch.no_grad()
 def _measure(program: Program, group: list[_Candidate]) -> dict[str, Seconds]:
-    """The same for candidates that are measured together: the shortest time over a few rounds."""
+    """The same for candidates that are measured together, over a few rounds of all their ways."""
     # Else each round would make them again.
     kept = [program.weights_for(candidate.step, way) for candidate in group for way in candidate.ways]
-    best = {candidate.key: dict.fromkeys(candidate.ways, float("inf")) for candidate in group}
+    times = {candidate.key: {way: list[float]() for way in candidate.ways} for candidate in group}
     image = torch.randn(program.image_shape, generator=torch.Generator().manual_seed(0))
     gates = {name: (torch.arange(n) % 3 != 2).float() for name, n in program.gate_sizes().items()}
     with program.workspace() as workspace:
@@ -163,11 +164,23 @@ def _measure(program: Program, group: list[_Candidate]) -> dict[str, Seconds]:
             run.result(program.schedule)
             for candidate, way in chosen.items():
                 seconds, _ = run.times[candidate.step]
-                best[candidate.key][way] = min(best[candidate.key][way], seconds)
+                times[candidate.key][way].append(seconds)
     del kept
+    measured = {key: _settled(found) for key, found in times.items()}
     # Lets go of the others' weights.
-    _set(program, {candidate.step: _best(best[candidate.key]) for candidate in group})
-    return best
+    _set(program, {candidate.step: _best(measured[candidate.key]) for candidate in group})
+    return measured
+
+
+def _settled(times: Mapping[Algorithm, Sequence[float]]) -> Seconds:
+    """The time of each way, from its times in all rounds.
+
+    Other programs slow a CPU for longer than a round takes, and so all ways in turn: the median of the ratios within
+    each round tells more than the shortest times, which may come from different moments.
+    """
+    base, *_ = times.values()
+    shortest = min(base)
+    return {way: shortest * median(a / b for a, b in zip(found, base, strict=False)) for way, found in times.items()}
 
 
 def cache_file() -> Path | None:
