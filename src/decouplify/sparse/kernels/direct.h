@@ -45,6 +45,14 @@ DECOUPLIFY_INLINE int groups_at_once(int64_t weights_per_group) {
   return static_cast<int>(1 + kWeightsAtOnce / (weights_per_group + 1));
 }
 
+// Consecutive tiles that each group of filters meets one after another: the second of two tiles writes to the lines that
+// the first one wrote to, and finds them in the cache. Their inputs, of so many rows, stay in the second-level cache.
+constexpr int kMostTilesAtOnce = 16;
+DECOUPLIFY_INLINE int tiles_at_once(int n_rows) {
+  constexpr int kInputsAtOnce = 16 << 10;
+  return smaller(kMostTilesAtOnce, 1 + kInputsAtOnce / (n_rows * kTileVectors * kLanes + 1));
+}
+
 // Sums over the pixels of each filter, one vector per slot and filter until every tile is done. Tiles that share a slot
 // come one after the other, whichever threads do them, so that sums are the same in every run.
 class PixelSums {
@@ -86,28 +94,29 @@ struct FilterGroup {
   TileOutput to[kTileFilters];
 };
 
-// What the tile at hand reads, side by side: in their planes, inputs of many channels fight for the sets of the
+// What the tiles at hand read, side by side: in their planes, inputs of many channels fight for the sets of the
 // first-level cache, and nothing foresees the way from one to the next.
-class CopiedTile {
+class CopiedTiles {
  public:
   // Without a buffer nothing is copied.
-  CopiedTile(const TileInput& in, Buffer* buffer) : in_(in), copy_(in) {
+  CopiedTiles(const TileInput& in, int n_tiles, Buffer* buffer) : in_(in), copy_(in) {
     if (buffer == nullptr) return;
     constexpr int64_t kPlaceFloats = sizeof(Place) / sizeof(float);
-    x_ = buffer->reserve(1 + in.n_channels * (kStride + kPlaceFloats));  // there may be no channel
-    auto* place = reinterpret_cast<Place*>(x_ + in.n_channels * kStride);
+    x_ = buffer->reserve(1 + in.n_channels * (n_tiles * kStride + kPlaceFloats));  // there may be no channel
+    auto* place = reinterpret_cast<Place*>(x_ + n_tiles * in.n_channels * kStride);
     for (int i = 0; i < in.n_channels; ++i) place[i] = {i * kStride, in.place[i].column};
     copy_.place = place, copy_.tap = &kNoOffset;
   }
 
-  // Vectors [v0, v0 + n) of all channels.
-  TileInput of(int v0, int n) const {
+  // Vectors [v0, v0 + n) of all channels, for tile `index` of those at hand.
+  TileInput of(int index, int v0, int n) const {
     if (x_ == nullptr) return in_;
     TileInput found = copy_;
-    found.x = x_ - int64_t{v0} * kLanes;
-    for (int i = 0; i < in_.n_channels; ++i) {
+    float* to = x_ + index * in_.n_channels * kStride;
+    found.x = to - int64_t{v0} * kLanes;
+    for (int i = 0; i < in_.n_channels; ++i, to += kStride) {
       const float* from = in_.x + in_.place[i].offset + in_.tap[0] + int64_t{v0} * kLanes;
-      for (int v = 0; v < n; ++v) store(x_ + i * kStride + v * kLanes, load(from + v * kLanes));
+      for (int v = 0; v < n; ++v) store(to + v * kLanes, load(from + v * kLanes));
     }
     return found;
   }
@@ -175,18 +184,37 @@ struct DirectJob {
     tile_for(in.n_taps, fetches, group.n, v1 - v0)(in, group.to, tile, conv.out.mask, conv.activation);
   }
 
+  // Groups [g0, g1), the first of which is `groups`, on some tiles.
+  struct Tiles {
+    int n;
+    TileInput in[kMostTilesAtOnce];
+    int v[kMostTilesAtOnce + 1];  // where each begins
+    bool are_first;               // that meet the weights
+  };
+  void run(const Tiles& tiles, const FilterGroup* groups, int g0, int g1) const {
+    for (int g = g0; g < g1; ++g) {
+      for (int i = 0; i < tiles.n; ++i) {
+        run(tiles.in[i], groups[g - g0], g, tiles.v[i], tiles.v[i + 1], tiles.are_first && i == 0);
+      }
+    }
+  }
+
   void run(const Part& part) const {
     const int most = smaller(groups_at_once(), part.group1 - part.group0);
     auto* groups = reserve_groups(most, part.thread);
     const bool copies = can_copy() && most >= 4;
-    const CopiedTile copy(input, copies ? &scratch.transformed[part.thread] : nullptr);
+    const int n_at_once = tiles_at_once(input.n_channels * input.n_taps);
+    const CopiedTiles copy(input, n_at_once, copies ? &scratch.transformed[part.thread] : nullptr);
+    Tiles tiles;
     for (int begin = part.group0; begin < part.group1; begin += most) {
       const int end = smaller(begin + most, part.group1);
       for (int g = begin; g < end; ++g) groups[g - begin] = group_at(g, part.slot);
-      for (int tile = part.tile0; tile < part.tile1; ++tile) {
-        const int v0 = tile_start(tile), v1 = tile_start(tile + 1);
-        const TileInput in = copy.of(v0, v1 - v0);
-        for (int g = begin; g < end; ++g) run(in, groups[g - begin], g, v0, v1, part.fetches && tile == part.tile0);
+      for (int tile = part.tile0; tile < part.tile1; tile += n_at_once) {
+        tiles.n = smaller(n_at_once, part.tile1 - tile);
+        tiles.are_first = part.fetches && tile == part.tile0;
+        for (int i = 0; i <= tiles.n; ++i) tiles.v[i] = tile_start(tile + i);
+        for (int i = 0; i < tiles.n; ++i) tiles.in[i] = copy.of(i, tiles.v[i], tiles.v[i + 1] - tiles.v[i]);
+        run(tiles, groups, begin, end);
       }
     }
   }

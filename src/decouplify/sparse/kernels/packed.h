@@ -212,18 +212,20 @@ struct PackedJob {
   void run(const Part& part) const {
     // All at once where vectors are long: nothing else was tried there, and such processors have larger caches.
     const int most = kLanes > 8 ? n_groups() : groups_at_once(input.n_weights() * input.filters_at_once());
+    const int n_at_once = tiles_at_once(input.n_rows());
     for (int begin = part.group0; begin < part.group1; begin += most) {
       const int end = smaller(begin + most, part.group1);
-      for (int tile = part.tile0; tile < part.tile1; ++tile) {
-        const int64_t first = input.first_pixel(tile) / conv.out.width * conv.out.row;
-        const bool fetches = part.fetches && tile == part.tile0;
-        for (int group = begin; group < end; ++group) run_group(tile, first, group, fetches, part.slot);
+      for (int tile = part.tile0; tile < part.tile1; tile += n_at_once) {
+        const int last = smaller(tile + n_at_once, part.tile1);
+        for (int group = begin; group < end; ++group) {
+          for (int t = tile; t < last; ++t) run_group(t, group, part.fetches && t == part.tile0, part.slot);
+        }
       }
     }
   }
 
-  // `first`: the first position of the tile in an output plane.
-  void run_group(int tile, int64_t first, int group, bool fetches, int slot) const {
+  void run_group(int tile, int group, bool fetches, int slot) const {
+    const int64_t first = input.first_pixel(tile) / conv.out.width * conv.out.row;  // position in an output plane
     alignas(64) float products[kMostFilters * kProductFloats];
     const int n0 = part(call.n_filters, n_groups(), group), n1 = part(call.n_filters, n_groups(), group + 1);
     const Stream ahead =
