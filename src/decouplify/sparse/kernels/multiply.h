@@ -14,12 +14,14 @@ struct Factors {
   const float* x;                    // (channels, vectors)
   const int32_t* columns;            // of each channel, its place in a filter's weights
   const float* const* weights;       // per filter
+  int64_t first;                     // where in all of them to begin
   int n_channels;
 };
 
 // What is fetched meanwhile.
 struct Meanwhile {
   const float* const* next_weights;  // rows of the filters that come next, as many as there are filters
+  int64_t next_first;                // where in all of them to begin
   Stream stream;
   const float* const* outputs = nullptr;  // packed convolutions: per filter, where its sums will go
   int64_t n_outputs = 0;                  // floats of each
@@ -31,13 +33,14 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, const Meanwhile& mea
                                     Vec (&acc)[NB][NV]) {
   const float* weight[NB];
 #pragma GCC unroll 8
-  for (int n = 0; n < NB; ++n) weight[n] = factors.weights[n];
+  for (int n = 0; n < NB; ++n) weight[n] = factors.weights[n] + factors.first;
   const float* x = factors.x + int64_t{progress.channel} * NV * kLanes;
   const int32_t* columns = factors.columns + progress.channel;
   RowsAhead<NB, false> next_rows(factors.n_channels, end > 0 ? factors.columns[factors.n_channels - 1] + 1 : 0);
   RowsAhead<NB, true> outputs(factors.n_channels, meanwhile.n_outputs);
   if (FETCH) {
-    memcpy(next_rows.row, meanwhile.next_weights, NB * sizeof(float*));
+#pragma GCC unroll 8
+    for (int n = 0; n < NB; ++n) next_rows.row[n] = meanwhile.next_weights[n] + meanwhile.next_first;
     if (OUTPUTS) memcpy(outputs.row, meanwhile.outputs, NB * sizeof(float*));
   }
   Stream ahead = progress.ahead;

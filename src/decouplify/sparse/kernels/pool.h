@@ -1,7 +1,7 @@
-// Maxima over windows of stride 2, row by row.
+// Maxima over windows of stride 1 or 2, row by row.
 //
-// Laid out for vectors that run across rows, as other windows of stride 2 are, every pixel would be copied once, which
-// takes several times as long as the maxima.
+// Laid out for vectors that run across rows, as other windows are, every pixel would be copied once, for a maximum sees
+// no border of zeros; that takes several times as long as the maxima.
 #pragma once
 
 #include <limits>
@@ -13,12 +13,21 @@ namespace decouplify::DECOUPLIFY_ISA {
 // The columns that windows read, for output x: 2x and 2x + 1; 2x to 2x + 2; 2x - 1 to 2x + 1.
 enum class Columns { kTwo, kThree, kThreeCentred };
 
+// At stride 1, maxima over rows are kept for some rows of the output: read right after they were written, and between
+// two vectors, they would be waited for.
+constexpr int kMaximaFloats = 4096;
+static int maxima_row(const Window& window) {
+  return window.padding[1] + window.in.width + window.out.width + window.kernel[1] + 2 * kLanes;
+}
+
 static bool pools_by_rows(const Window& window) {
   const auto is = [&](int i, int kernel, int padding) {
-    return window.kernel[i] == kernel && window.padding[i] == padding && window.stride[i] == 2 && window.dilation[i] == 1;
+    return window.kernel[i] == kernel && window.padding[i] == padding && window.stride[i] == 2;
   };
-  const bool is_known = is(1, 2, 0) || is(1, 3, 0) || is(1, 3, 1);
-  return window.kind == WindowKind::kMax && is_known && is(0, window.kernel[0], window.padding[0]);
+  const bool is_strided = is(0, window.kernel[1], window.padding[1]) && (is(1, 2, 0) || is(1, 3, 0) || is(1, 3, 1));
+  const bool is_dense = window.stride[0] == 1 && window.stride[1] == 1 && maxima_row(window) <= kMaximaFloats;
+  return window.kind == WindowKind::kMax && window.dilation[0] == 1 && window.dilation[1] == 1 &&
+         (is_strided || is_dense);
 }
 
 template <int... I>
@@ -70,29 +79,82 @@ DECOUPLIFY_INLINE void pool_row(const RowsToPool& rows, int in_width, int width,
   }
 }
 
+// Maxima over rows, with the columns of the border before and after.
+DECOUPLIFY_INLINE void pool_over_rows(const RowsToPool& rows, const Window& window, float* to) {
+  const Vec nothing = splat(-std::numeric_limits<float>::infinity());
+  const int before = window.padding[1], n_columns = rows.n > 0 ? window.in.width : 0;
+  const int end = window.out.width + window.kernel[1] - 1;
+  for (int x = 0; x < before; x += kLanes) store(to + x, nothing);
+  for (int x = 0; x < n_columns; x += kLanes) store(to + before + x, rows.at(x));
+  for (int x = before + n_columns; x < end; x += kLanes) store(to + x, nothing);
+}
+
+template <class Activate>
+DECOUPLIFY_INLINE void pool_over_columns(const float* maxima, const Window& window, float* to, const Activate& activate,
+                                         Vec& total) {
+  const int width = window.out.width, n_columns = window.kernel[1];
+  for (int x = 0; x < width; x += kLanes) {
+    Vec y = load(maxima + x);
+    for (int i = 1; i < n_columns; ++i) y = maximum(y, load(maxima + x + i));
+    y = activate(y);
+    const int n = smaller(kLanes, width - x);
+    total += keep(y, lanes_below(n));
+    store_first(to + x, y, n);
+  }
+}
+
+// The rows that the windows of row y of the output reach. Where no row is, any will do, such as those of another y.
+DECOUPLIFY_INLINE RowsToPool rows_to_pool(const Window& window, const float* plane, int y, int other) {
+  const int stride = window.stride[0], top = stride * y - window.padding[0], first = top > 0 ? top : 0;
+  const int n = smaller(top + window.kernel[0], window.in.height) - first;
+  return {plane + (n > 0 ? first : stride * other) * int64_t{window.in.row}, n, window.in.row};
+}
+
 template <Columns COLUMNS>
-static void pool_rows(const Window& window, const float* plane, int first_row, int last_row, const TileOutput& to) {
-  const Geometry &in = window.in, &out = window.out;
-  Vec total{};
+static void pool_strided(const Window& window, const float* plane, int first, int last, const TileOutput& to,
+                         Vec& total) {
   with_activation(window.activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
-    for (int y = first_row; y < last_row; ++y) {
-      const int top = 2 * y - window.padding[0], first = top > 0 ? top : 0;
-      const int n = smaller(top + window.kernel[0], in.height) - first;
-      // Where no row is, any will do.
-      const RowsToPool rows{plane + (n > 0 ? first : 2 * first_row) * int64_t{in.row}, n, in.row};
-      pool_row<COLUMNS>(rows, in.width, out.width, to.out + y * int64_t{out.row}, activate, total);
+    for (int y = first; y < last; ++y) {
+      const RowsToPool rows = rows_to_pool(window, plane, y, first);
+      float* out = to.out + y * int64_t{window.out.row};
+      pool_row<COLUMNS>(rows, window.in.width, window.out.width, out, activate, total);
     }
   });
-  if (to.partial_sum != nullptr) store(to.partial_sum, load(to.partial_sum) + total);
+}
+
+static void pool_dense(const Window& window, const float* plane, int first, int last, const TileOutput& to,
+                       Vec& total) {
+  alignas(64) float maxima[kMaximaFloats];
+  const int n_floats = maxima_row(window), n_at_once = kMaximaFloats / n_floats;
+  with_activation(window.activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
+    for (int begin = first; begin < last; begin += n_at_once) {
+      const int end = smaller(begin + n_at_once, last);
+      for (int y = begin; y < end; ++y) {
+        pool_over_rows(rows_to_pool(window, plane, y, first), window, maxima + (y - begin) * n_floats);
+      }
+      for (int y = begin; y < end; ++y) {
+        float* out = to.out + y * int64_t{window.out.row};
+        pool_over_columns(maxima + (y - begin) * n_floats, window, out, activate, total);
+      }
+    }
+  });
 }
 
 // Rows [first, last) of one channel of a window that pools_by_rows.
 //   plane: the first pixel of the input, or where it would be
 //   to: with the first pixel of the output
 static void pool_rows(const Window& window, const float* plane, int first, int last, const TileOutput& to) {
-  if (window.kernel[1] == 2) return pool_rows<Columns::kTwo>(window, plane, first, last, to);
-  window.padding[1] == 0 ? pool_rows<Columns::kThree>(window, plane, first, last, to)
-                         : pool_rows<Columns::kThreeCentred>(window, plane, first, last, to);
+  Vec total{};
+  if (window.stride[0] == 1) {
+    pool_dense(window, plane, first, last, to, total);
+  } else if (window.kernel[1] == 2) {
+    pool_strided<Columns::kTwo>(window, plane, first, last, to, total);
+  } else if (window.padding[1] == 0) {
+    pool_strided<Columns::kThree>(window, plane, first, last, to, total);
+  } else {
+    pool_strided<Columns::kThreeCentred>(window, plane, first, last, to, total);
+  }
+  if (to.partial_sum != nullptr) store(to.partial_sum, load(to.partial_sum) + total);
 }
 
 }  // namespace decouplify::DECOUPLIFY_ISA

@@ -100,7 +100,8 @@ class PooledJob {
 
 static bool convolve_and_pool(const Convolution& conv, const ConvolutionCall& call, const Window& window,
                               const WindowCall& pooled, Scratch& scratch) {
-  if (conv.algorithm != Algorithm::kWinogradStrided || call.n_filters == 0 || !pools_by_rows(window)) return false;
+  if (conv.algorithm != Algorithm::kWinogradStrided || call.n_filters == 0) return false;
+  if (!pools_by_rows(window) || window.stride[0] != 2) return false;
   PooledJob(conv, call, window, pooled, scratch).run();
   return true;
 }

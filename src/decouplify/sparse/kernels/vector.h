@@ -112,8 +112,18 @@ DECOUPLIFY_INLINE Vec at_most(Vec v, Vec high) {
   return high < v ? high : v;
 #endif
 }
-// A NaN in either wins, as in torch.
-DECOUPLIFY_INLINE Vec maximum(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
+// A NaN in either wins, as in torch; see at_least.
+DECOUPLIFY_INLINE Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  const __m512 m = _mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a);
+  return (Vec)_mm512_mask_mov_ps(m, _mm512_cmp_ps_mask((__m512)b, (__m512)b, _CMP_UNORD_Q), (__m512)b);
+#elif defined(__AVX__)
+  const __m256 is_nan = _mm256_cmp_ps((__m256)b, (__m256)b, _CMP_UNORD_Q);  // whose bits are a NaN themselves
+  return (Vec)_mm256_or_ps(_mm256_max_ps((__m256)b, (__m256)a), is_nan);
+#else
+  return (b > a) | (b != b) ? b : a;
+#endif
+}
 
 DECOUPLIFY_INLINE float sum(Vec v) {
   float total = 0;
@@ -169,17 +179,17 @@ DECOUPLIFY_INLINE Vec sums_of(Vec a, Vec b, Vec c, Vec d) {
   return v;
 }
 
-// The lower (upper) half of a0 b0 a1 b1 ...
-template <int... I>
-DECOUPLIFY_INLINE Vec zip_low(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * kLanes)...);
+// Shuffles within quarters: groups of four lanes, whatever the vector's length. Each is one instruction, where those
+// across quarters take several. Of the quarters a0 a1 a2 a3 and b0 b1 b2 b3, P to S say which lanes to take, b's from 4.
+template <int P, int Q, int R, int S, int... I>
+DECOUPLIFY_INLINE Vec in_quarters(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  constexpr int kTaken[] = {P, Q, R, S};
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + kTaken[I % 4] % 4 + kTaken[I % 4] / 4 * kLanes)...);
 }
-template <int... I>
-DECOUPLIFY_INLINE Vec zip_high(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I / 2 + kLanes / 2 + (I % 2) * kLanes)...);
+template <int P, int Q, int R, int S>
+DECOUPLIFY_INLINE Vec in_quarters(Vec a, Vec b) {
+  return in_quarters<P, Q, R, S>(a, b, std::make_integer_sequence<int, kLanes>{});
 }
-DECOUPLIFY_INLINE Vec zip_low(Vec a, Vec b) { return zip_low(a, b, std::make_integer_sequence<int, kLanes>{}); }
-DECOUPLIFY_INLINE Vec zip_high(Vec a, Vec b) { return zip_high(a, b, std::make_integer_sequence<int, kLanes>{}); }
 
 // e^x to about one unit in the last place; bounded below at -87.3 and above at 88.37.
 DECOUPLIFY_INLINE Vec exponential(Vec x) {

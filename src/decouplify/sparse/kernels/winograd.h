@@ -29,7 +29,8 @@ struct Transform2 {
   DECOUPLIFY_INLINE void load_row(const float* const* x, int64_t offset, Vec (&d)[4]) {
     const Vec a = load_run<ROWS>(x, 0, offset), b = load_run<ROWS>(x, 1, offset);
     const Vec next_a = load_run<ROWS>(x, 0, offset + 2), next_b = load_run<ROWS>(x, 1, offset + 2);
-    d[0] = evens(a, b), d[1] = odds(a, b), d[2] = evens(next_a, next_b), d[3] = odds(next_a, next_b);
+    d[0] = in_quarters<0, 2, 4, 6>(a, b), d[1] = in_quarters<1, 3, 5, 7>(a, b);
+    d[2] = in_quarters<0, 2, 4, 6>(next_a, next_b), d[3] = in_quarters<1, 3, 5, 7>(next_a, next_b);
   }
   DECOUPLIFY_INLINE void input(const Vec (&d)[4], Vec (&t)[4]) {
     t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
@@ -39,22 +40,20 @@ struct Transform2 {
   }
   // Pixels of tiles back to runs of consecutive pixels.
   DECOUPLIFY_INLINE void to_runs(const Vec (&y)[2], Vec (&run)[2]) {
-    run[0] = zip_low(y[0], y[1]), run[1] = zip_high(y[0], y[1]);
+    run[0] = in_quarters<0, 4, 1, 5>(y[0], y[1]), run[1] = in_quarters<2, 6, 3, 7>(y[0], y[1]);
   }
 };
 
-// Lanes of four vectors that hold consecutive pixels: first those of every fourth pixel, then those after, and so on.
-DECOUPLIFY_INLINE void split_by_four(const Vec (&p)[4], Vec& a, Vec& b, Vec& c, Vec& d) {
-  const Vec even0 = evens(p[0], p[1]), even1 = evens(p[2], p[3]), odd0 = odds(p[0], p[1]), odd1 = odds(p[2], p[3]);
-  a = evens(even0, even1), b = evens(odd0, odd1), c = odds(even0, even1), d = odds(odd0, odd1);
-}
-
-// The inverse.
-DECOUPLIFY_INLINE void join_four(const Vec (&y)[4], Vec (&run)[4]) {
-  const Vec even0 = zip_low(y[0], y[2]), even1 = zip_high(y[0], y[2]), odd0 = zip_low(y[1], y[3]),
-            odd1 = zip_high(y[1], y[3]);
-  run[0] = zip_low(even0, odd0), run[1] = zip_high(even0, odd0);
-  run[2] = zip_low(even1, odd1), run[3] = zip_high(even1, odd1);
+// Element i of each quarter of four vectors side by side in vector i of the result: the four pixels of a tile's row to
+// the vectors of its columns, and back. N: how many of the four are wanted.
+template <int N>
+DECOUPLIFY_INLINE void transpose_quarters(const Vec (&x)[4], Vec* to) {
+  const Vec low0 = in_quarters<0, 4, 1, 5>(x[0], x[1]), low1 = in_quarters<0, 4, 1, 5>(x[2], x[3]);
+  to[0] = in_quarters<0, 1, 4, 5>(low0, low1), to[1] = in_quarters<2, 3, 6, 7>(low0, low1);
+  if (N == 2) return;
+  const Vec high0 = in_quarters<2, 6, 3, 7>(x[0], x[1]), high1 = in_quarters<2, 6, 3, 7>(x[2], x[3]);
+  to[2] = in_quarters<0, 1, 4, 5>(high0, high1);
+  if (N == 4) to[3] = in_quarters<2, 3, 6, 7>(high0, high1);
 }
 
 struct Transform4 {
@@ -70,8 +69,8 @@ struct Transform4 {
   DECOUPLIFY_INLINE void load_row(const float* const* x, int64_t offset, Vec (&d)[6]) {
     Vec p[4], q[4];
     for (int i = 0; i < 4; ++i) p[i] = load_run<ROWS>(x, i, offset), q[i] = load_run<ROWS>(x, i, offset + 4);
-    split_by_four(p, d[0], d[1], d[2], d[3]);
-    d[4] = evens(evens(q[0], q[1]), evens(q[2], q[3])), d[5] = evens(odds(q[0], q[1]), odds(q[2], q[3]));
+    transpose_quarters<4>(p, d);
+    transpose_quarters<2>(q, d + 4);
   }
   DECOUPLIFY_INLINE void input(const Vec (&d)[6], Vec (&t)[6]) {
     const Vec even_a = d[4] - d[2] * b2, odd_a = d[3] - d[1] * b2, even_b = d[4] - d[2] * a2, odd_b = d[3] - d[1] * a2;
@@ -87,7 +86,7 @@ struct Transform4 {
     y[2] = sum_a * a2 + sum_b * b2;
     y[3] = difference_a * a3 + difference_b * b3 + m[5];
   }
-  DECOUPLIFY_INLINE void to_runs(const Vec (&y)[4], Vec (&run)[4]) { join_four(y, run); }
+  DECOUPLIFY_INLINE void to_runs(const Vec (&y)[4], Vec (&run)[4]) { transpose_quarters<4>(y, run); }
 };
 
 // F(4 x 4, 4 x 4) with the points +-3/8, +-7/8, +-3/2, infinity: pairs of opposite sign share their even and odd parts.
@@ -109,10 +108,10 @@ struct Transform44 {
 
   template <int ROWS>
   DECOUPLIFY_INLINE void load_row(const float* const* x, int64_t offset, Vec (&d)[7]) {
-    Vec p[4], q[4], unused;
+    Vec p[4], q[4];
     for (int i = 0; i < 4; ++i) p[i] = load_run<ROWS>(x, i, offset), q[i] = load_run<ROWS>(x, i, offset + 4);
-    split_by_four(p, d[0], d[1], d[2], d[3]);
-    split_by_four(q, d[4], d[5], d[6], unused);
+    transpose_quarters<4>(p, d);
+    transpose_quarters<3>(q, d + 4);
   }
   DECOUPLIFY_INLINE void input(const Vec (&d)[7], Vec (&t)[7]) {
 #pragma GCC unroll 3
@@ -127,15 +126,18 @@ struct Transform44 {
     t[6] = d[6] - d[4] * float(kSum) + d[2] * float(kPairs) - d[0] * float(kProduct);
   }
   DECOUPLIFY_INLINE void output(const Vec (&m)[7], Vec (&y)[4]) {
-    y[0] = y[1] = y[2] = Vec{}, y[3] = m[6];
+    // The first pair begins the sums, for adding to zero is an addition.
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
       const float p = kPoint[i], p2 = square(i), p3 = kPoint[i] * square(i);
       const Vec sum = m[2 * i] + m[2 * i + 1], difference = m[2 * i] - m[2 * i + 1];
-      y[0] += sum, y[1] += difference * p, y[2] += sum * p2, y[3] += difference * p3;
+      y[0] = i == 0 ? sum : y[0] + sum;
+      y[1] = i == 0 ? difference * p : y[1] + difference * p;
+      y[2] = i == 0 ? sum * p2 : y[2] + sum * p2;
+      y[3] = (i == 0 ? m[6] : y[3]) + difference * p3;
     }
   }
-  DECOUPLIFY_INLINE void to_runs(const Vec (&y)[4], Vec (&run)[4]) { join_four(y, run); }
+  DECOUPLIFY_INLINE void to_runs(const Vec (&y)[4], Vec (&run)[4]) { transpose_quarters<4>(y, run); }
 };
 
 // The planes that are transformed, and the column of each among the transformed weights of a filter.
@@ -175,27 +177,33 @@ struct Winograd {
     return divide_up(call.n_filters, kFiltersAtOnce * call.n_threads) * call.n_threads;
   }
 
-  struct Block {
-    int first, n;           // vectors
-    int64_t point;          // floats between points in the transformed input
-    float* transformed;     // (points, channels, vectors)
-  };
   struct Run {
-    int x, y;
-    bool exists;
+    int x, y;                // its first pixel
+    int n_rows, n_columns;   // how many of its rows (none if there is no such run) and of a row's pixels exist
+    int64_t at;              // position of the first pixel in an output plane
+  };
+  struct Block {
+    int n;                       // vectors
+    int64_t point;               // floats between points in the transformed input
+    float* transformed;          // (points, channels, vectors)
+    Run runs[kTileVectors][M];   // of each vector, found once: divisions take time
   };
 
-  Run run_at(int vector, int i) const {
-    const int index = vector * M + i;
-    if (index >= n_runs()) return {0, 0, false};
-    return {index % runs_per_row() * kRunWidth, index / runs_per_row() * M * ROWS, true};
+  Run run_at(int index) const {
+    if (index >= n_runs()) return {};
+    const int x = index % runs_per_row() * kRunWidth, y = index / runs_per_row() * M * ROWS;
+    return {x, y, conv.out.height - y, conv.out.width - x, int64_t{y} * conv.out.row + x};
   }
 
   Block block_at(int i, Buffer& buffer) const {
     const int first = part(n_vectors(), n_blocks(), i), n = part(n_vectors(), n_blocks(), i + 1) - first;
     // Points a power of two apart would share cache sets.
     const int64_t point = int64_t{sources.n} * n * kLanes + 16;
-    return {first, n, point, buffer.reserve(point * kPoints)};
+    Block block{n, point, buffer.reserve(point * kPoints), {}};
+    for (int v = 0; v < n; ++v) {
+      for (int k = 0; k < M; ++k) block.runs[v][k] = run_at((first + v) * M + k);
+    }
+    return block;
   }
 
   void transform_input(const Block& block, int c) const {
@@ -203,9 +211,9 @@ struct Winograd {
     for (int v = 0; v < block.n; ++v) {
       const float* x[M * ROWS];
       for (int i = 0; i < M * ROWS; ++i) {
-        const Run run = run_at(block.first + v, i / ROWS);
-        const int y = run.y + i % ROWS * M;  // where there is nothing any more, the first row will do
-        x[i] = plane + int64_t{y < conv.out.height ? y : 0} * sources.row + run.x;
+        const Run& run = block.runs[v][i / ROWS];
+        const int row = i % ROWS * M;  // where there is nothing any more, the first row of all will do
+        x[i] = plane + int64_t{row < run.n_rows ? run.y + row : 0} * sources.row + run.x;
       }
       transform_tiles(x, block.transformed + (int64_t{c} * block.n + v) * kLanes, block.point);
     }
@@ -240,20 +248,18 @@ struct Winograd {
     const int64_t n_weights = int64_t{kPoints} * sources.n_columns;
     for (int i = 0; i < n; ++i) rows[i] = conv.transformed + call.filters[n0 + i] * n_weights;
     int first[kFiltersAtOnce + 1];  // filter of each group
+    MultiplyFunction multiply[kFiltersAtOnce];
     for (int g = 0; g <= n_groups; ++g) first[g] = part(n, n_groups, g);
+    for (int g = 0; g < n_groups; ++g) {
+      const int n_group = first[g + 1] - first[g];
+      multiply[g] = fetches ? multiply_for<true, false>(n_group, block.n) : multiply_for<false, false>(n_group, block.n);
+    }
     const auto run_group = [&](int e, int g) {
-      const int g0 = first[g], n_group = first[g + 1] - g0;
       const int64_t column = int64_t{e} * sources.n_columns;
-      const float *weights[kMostFilters], *next_weights[kMostFilters];
-      for (int i = 0; i < n_group; ++i) {
-        weights[i] = rows[g0 + i] + column;
-        next_weights[i] = weights[i] + sources.n_columns;
-      }
       const float* inputs = block.transformed + e * block.point;
-      const MultiplyFunction run =
-          fetches ? multiply_for<true, false>(n_group, block.n) : multiply_for<false, false>(n_group, block.n);
-      run({inputs, sources.column, weights, sources.n}, {next_weights, nothing_ahead(inputs)},
-          products + g0 * filter + e * point, filter);
+      multiply[g]({inputs, sources.column, rows + first[g], column, sources.n},
+                  {rows + first[g], column + sources.n_columns, nothing_ahead(inputs)},
+                  products + first[g] * filter + e * point, filter);
     };
     // Where a weight serves one vector only, what counts is to read those of a filter in order; otherwise, that the
     // inputs at a point stay in the first-level cache.
@@ -266,14 +272,18 @@ struct Winograd {
   void finish_filter(const Block& block, int i, const float* products, int slot) const {
     const TileOutput to = output_of(conv, call, call.filters[i]);
     Vec total{};
-    for (int v = 0; v < block.n; ++v) {
-      finish_tiles(products + v * kLanes, int64_t{block.n} * kLanes, block.first + v, to, total);
-    }
+    with_activation(conv.activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
+      for (int v = 0; v < block.n; ++v) {
+        finish_tiles(products + v * kLanes, int64_t{block.n} * kLanes, block.runs[v], to, activate, total);
+      }
+    });
     float* partial = sums.of(slot, i);
     if (partial != nullptr) store(partial, load(partial) + total);
   }
 
-  void finish_tiles(const float* products, int64_t stride, int vector, const TileOutput& to, Vec& total) const {
+  template <class Activate>
+  DECOUPLIFY_INLINE_MEMBER void finish_tiles(const float* products, int64_t stride, const Run* runs, const TileOutput& to,
+                                             const Activate& activate, Vec& total) const {
     Vec columns[M][T::kPoints];
 #pragma GCC unroll 8
     for (int j = 0; j < T::kPoints; ++j) {
@@ -290,30 +300,31 @@ struct Winograd {
       T::output(columns[i], y);
       T::to_runs(y, pixels);
 #pragma GCC unroll 8
-      for (int k = 0; k < M; ++k) finish_run(pixels[k], run_at(vector, k), i, to, total);
+      for (int k = 0; k < M; ++k) finish_run(pixels[k], runs[k], i, to, activate, total);
     }
   }
 
+  template <class Activate>
   DECOUPLIFY_INLINE_MEMBER void finish_run(Vec pixels, const Run& run, int row, const TileOutput& to,
-                                           Vec& total) const {
-    if (!run.exists) return;
-    if (ROWS == 1) return finish_row_of_run(pixels, run.y + row, run.x, to, total);
+                                           const Activate& activate, Vec& total) const {
+    if (ROWS == 1) return finish_row_of_run(pixels, run, row, to, activate, total);
     alignas(64) float both[2 * kLanes];
     store(both, pixels);
     for (int i = 0; i < ROWS; ++i) {
-      finish_row_of_run(load(both + i * kRunWidth), run.y + i * M + row, run.x, to, total);
+      finish_row_of_run(load(both + i * kRunWidth), run, i * M + row, to, activate, total);
     }
   }
 
-  DECOUPLIFY_INLINE_MEMBER void finish_row_of_run(Vec pixels, int row, int x, const TileOutput& to, Vec& total) const {
-    if (row >= conv.out.height) return;
-    const int64_t at = int64_t{row} * conv.out.row + x;
-    const int n = conv.out.width - x;
+  template <class Activate>
+  DECOUPLIFY_INLINE_MEMBER void finish_row_of_run(Vec pixels, const Run& run, int row, const TileOutput& to,
+                                                  const Activate& activate, Vec& total) const {
+    if (row >= run.n_rows) return;
+    const int64_t at = run.at + row * conv.out.row;
     Vec y = pixels + to.bias;
     if (to.residual != nullptr) y += load(to.residual + at);
-    y = activate(y, conv.activation);
-    total += n >= kLanes ? y : keep(y, lanes_below(n));
-    store_first(to.out + at, y, n);
+    y = activate(y);
+    total += run.n_columns >= kLanes ? y : keep(y, lanes_below(run.n_columns));
+    store_first(to.out + at, y, run.n_columns);
   }
 
   // Blocks that a thread has to itself, from the first one on; what is left over would keep one waiting for another.
