@@ -20,7 +20,7 @@ from torch import Tensor
 from conftest import ROOT, resident_bytes
 from decouplify.sparse import native
 from decouplify.sparse.drafts import Act, Sliding
-from decouplify.sparse.native import ActivationKind, Algorithm
+from decouplify.sparse.native import ActivationKind, Algorithm, StepKind, WindowKind
 from native_steps import STRIDED, Case, convolutions, expected, found, kernels_of, windows
 
 pytestmark = pytest.mark.skipif(native.engine() is None, reason=native.reason_for_absence())
@@ -149,6 +149,31 @@ def test_undefined_and_infinite_pixels_reach_every_output_they_reach_in_torch(va
         if not algorithm.is_winograd:
             assert torch.equal(y.isfinite(), wanted.isfinite())
             assert torch.equal(y.isnan(), wanted.isnan())
+
+
+MAXIMA = [Sliding((3, 3), padding=(1, 1)), Sliding((5, 2), padding=(2, 1)), *(Sliding((k, k), (2, 2)) for k in (2, 3))]
+
+
+def maxima(size: tuple[int, int], sliding: Sliding) -> Case:
+    kind, window = StepKind.WINDOW, WindowKind.MAX
+    return Case(size, sliding, [True] * 3, [True] * 3, groups=3, kind=kind, window=window)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("sliding", MAXIMA, ids=str)
+def test_maxima_of_undefined_and_infinite_pixels_are_those_of_torch(
+    instruction_set: str, sliding: Sliding, value: float
+) -> None:
+    for row, column in ((0, 0), (6, 7), (12, 13)):
+        case = maxima((13, 14), sliding)
+        case.x[0, 1, row, column] = value
+        torch.testing.assert_close(found(case)[0], expected(case).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [1000, 2030, 2100])
+def test_maxima_of_long_rows(instruction_set: str, width: int) -> None:
+    """Longer ones than are kept of rows are found as other windows are."""
+    assert_same(maxima((5, width), MAXIMA[0]))
 
 
 def test_activations_pass_undefined_values_on() -> None:
