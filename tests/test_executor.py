@@ -355,6 +355,20 @@ def test_what_slows_whole_rounds_changes_no_choice() -> None:
     assert settled == {Algorithm.DIRECT: 1.0, Algorithm.WINOGRAD_2: pytest.approx(0.6)}
 
 
+def test_hopeless_ways_are_given_up_and_keep_the_times_of_their_rounds() -> None:
+    times = {
+        Algorithm.DIRECT: [3.0, 3.1, 3.2],
+        Algorithm.PACKED: [1.4, 1.4, 1.4],
+        Algorithm.WINOGRAD_2: [1.0, 1.0, 1.0],
+    }
+    assert tuning._hopeful(times) == (Algorithm.PACKED, Algorithm.WINOGRAD_2)
+    times[Algorithm.PACKED] += [0.9, 0.9, 0.9, 0.9]
+    times[Algorithm.WINOGRAD_2] += [1.0, 1.0, 1.0, 1.0]
+    settled = tuning._settled(times)
+    assert settled[Algorithm.PACKED] < settled[Algorithm.WINOGRAD_2]
+    assert settled[Algorithm.DIRECT] > 2 * settled[Algorithm.WINOGRAD_2]
+
+
 @pytest.mark.parametrize(
     ("winograd_2", "winograd_4", "wanted"),
     [

@@ -36,6 +36,8 @@ CACHE_VARIABLE = "DECOUPLIFY_CACHE"
 #: Raised whenever kernels change so much that choices measured before may be wrong.
 _EDITION = 6
 _N_ROUNDS = 9
+_N_FIRST = 3  # rounds after which ways that take so many times as long as the best are given up
+_HOPELESS = 1.5
 #: Winograd keeps weights of its own, up to four times as many. A way must be faster by so much than all that keep less.
 _GAIN = 1.05
 _LARGEST_KEPT = 1.5  # times the network's own weights, for all that Winograd keeps
@@ -157,19 +159,30 @@ def _measure(program: Program, group: list[_Candidate]) -> dict[str, Seconds]:
     image = torch.randn(program.image_shape, generator=torch.Generator().manual_seed(0))
     gates = {name: (torch.arange(n) % 3 != 2).float() for name, n in program.gate_sizes().items()}
     with program.workspace() as workspace:
-        for turn in range(_N_ROUNDS * max(len(candidate.ways) for candidate in group)):
-            chosen = {candidate: candidate.ways[turn % len(candidate.ways)] for candidate in group}
-            _set(program, {candidate.step: way for candidate, way in chosen.items()})
-            run = TimedRun(program, workspace, image, gates)
-            run.result(program.schedule)
-            for candidate, way in chosen.items():
-                seconds, _ = run.times[candidate.step]
-                times[candidate.key][way].append(seconds)
+        ways = {candidate: candidate.ways for candidate in group}
+        for n in range(_N_ROUNDS):
+            if n == _N_FIRST:
+                ways = {candidate: _hopeful(times[candidate.key]) for candidate in group}
+            for turn in range(max(map(len, ways.values()))):
+                chosen = {candidate: found[turn % len(found)] for candidate, found in ways.items()}
+                _set(program, {candidate.step: way for candidate, way in chosen.items()})
+                run = TimedRun(program, workspace, image, gates)
+                run.result(program.schedule)
+                for candidate, way in chosen.items():
+                    if turn < len(ways[candidate]):
+                        seconds, _ = run.times[candidate.step]
+                        times[candidate.key][way].append(seconds)
     del kept
     measured = {key: _settled(found) for key, found in times.items()}
     # Lets go of the others' weights.
     _set(program, {candidate.step: _best(measured[candidate.key]) for candidate in group})
     return measured
+
+
+def _hopeful(times: Mapping[Algorithm, Sequence[float]]) -> tuple[Algorithm, ...]:
+    """The ways that may turn out to be the best, from their times in the first rounds."""
+    settled = _settled(times)
+    return tuple(way for way, seconds in settled.items() if seconds <= _HOPELESS * min(settled.values()))
 
 
 def _settled(times: Mapping[Algorithm, Sequence[float]]) -> Seconds:
@@ -178,7 +191,7 @@ def _settled(times: Mapping[Algorithm, Sequence[float]]) -> Seconds:
     Other programs slow a CPU for longer than a round takes, and so all ways in turn: the median of the ratios within
     each round tells more than the shortest times, which may come from different moments.
     """
-    base, *_ = times.values()
+    base = max(times.values(), key=len)
     shortest = min(base)
     return {way: shortest * median(a / b for a, b in zip(found, base, strict=False)) for way, found in times.items()}
 

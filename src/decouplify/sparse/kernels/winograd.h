@@ -150,7 +150,8 @@ struct Sources {
 };
 
 // One layer call. Tiles are taken in runs: kLanes consecutive pixels of M rows, which is kLanes / M tiles; M runs fill
-// the lanes of a vector with tiles. A block is a few such vectors, so that a weight serves more than one.
+// the lanes of a vector with tiles, in whatever order: results leave it in the order in which inputs came. A block is a
+// few such vectors, so that a weight serves more than one.
 //
 // ROWS: rows of tiles in a run, 2 for maps half as wide as a vector at most.
 template <class T, int ROWS>
@@ -178,15 +179,15 @@ struct Winograd {
   }
 
   struct Run {
-    int x, y;                // its first pixel
-    int n_rows, n_columns;   // how many of its rows (none if there is no such run) and of a row's pixels exist
-    int64_t at;              // position of the first pixel in an output plane
+    int x, y;               // its first pixel
+    int n_rows, n_columns;  // of the map from that pixel on; none if there is no such run
+    int64_t at;             // position of the first pixel in an output plane
   };
   struct Block {
-    int n;                       // vectors
-    int64_t point;               // floats between points in the transformed input
-    float* transformed;          // (points, channels, vectors)
-    Run runs[kTileVectors][M];   // of each vector, found once: divisions take time
+    int n;                      // vectors
+    int64_t point;              // floats between points in the transformed input
+    float* transformed;         // (points, channels, vectors)
+    Run runs[kTileVectors][M];  // of each vector, found once: divisions take time
   };
 
   Run run_at(int index) const {
