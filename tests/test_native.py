@@ -219,7 +219,7 @@ def test_new_memory_is_zero_and_begins_a_cache_line(n: int) -> None:
     assert all(bool((block == i).all()) for i, block in enumerate(blocks))
 
 
-@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer keeps memory by itself")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="blocks are not mapped there, see memory.cpp")
 def test_large_blocks_are_returned_to_the_system() -> None:
     """The C library would keep what is freed after it has seen such sizes, and between blocks that are not."""
     for _ in range(2):
