@@ -101,20 +101,17 @@ class CopiedTiles {
   // Without a buffer nothing is copied.
   CopiedTiles(const TileInput& in, int n_tiles, Buffer* buffer) : in_(in), copy_(in) {
     if (buffer == nullptr) return;
-    constexpr int64_t kPlaceFloats = sizeof(Place) / sizeof(float);
-    x_ = buffer->reserve(1 + in.n_channels * (n_tiles * kStride + kPlaceFloats));  // there may be no channel
-    auto* place = reinterpret_cast<Place*>(x_ + n_tiles * in.n_channels * kStride);
-    for (int i = 0; i < in.n_channels; ++i) place[i] = {i * kStride, in.place[i].column};
-    copy_.place = place, copy_.tap = &kNoOffset;
+    x_ = buffer->reserve(1 + int64_t{n_tiles} * in.n_channels * kTileFloats);  // there may be no channel
+    copy_.n_taps = kSideBySide;
   }
 
   // Vectors [v0, v0 + n) of all channels, for tile `index` of those at hand.
   TileInput of(int index, int v0, int n) const {
     if (x_ == nullptr) return in_;
     TileInput found = copy_;
-    float* to = x_ + index * in_.n_channels * kStride;
+    float* to = x_ + int64_t{index} * in_.n_channels * kTileFloats;
     found.x = to - int64_t{v0} * kLanes;
-    for (int i = 0; i < in_.n_channels; ++i, to += kStride) {
+    for (int i = 0; i < in_.n_channels; ++i, to += kTileFloats) {
       const float* from = in_.x + in_.place[i].offset + in_.tap[0] + int64_t{v0} * kLanes;
       for (int v = 0; v < n; ++v) store(to + v * kLanes, load(from + v * kLanes));
     }
@@ -122,9 +119,6 @@ class CopiedTiles {
   }
 
  private:
-  static constexpr int64_t kStride = kTileVectors * kLanes;
-  static constexpr int64_t kNoOffset = 0;
-
   const TileInput& in_;
   TileInput copy_;
   float* x_ = nullptr;

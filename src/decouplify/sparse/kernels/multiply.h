@@ -36,8 +36,8 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, const Meanwhile& mea
   for (int n = 0; n < NB; ++n) weight[n] = factors.weights[n] + factors.first;
   const float* x = factors.x + int64_t{progress.channel} * NV * kLanes;
   const int32_t* columns = factors.columns + progress.channel;
-  RowsAhead<NB, false> next_rows(factors.n_channels, end > 0 ? factors.columns[factors.n_channels - 1] + 1 : 0);
-  RowsAhead<NB, true> outputs(factors.n_channels, meanwhile.n_outputs);
+  RowsAhead<NB, false> next_rows(progress.channel, factors.n_channels, end > 0 ? factors.columns[factors.n_channels - 1] + 1 : 0);
+  RowsAhead<NB, true> outputs(progress.channel, factors.n_channels, meanwhile.n_outputs);
   if (FETCH) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) next_rows.row[n] = meanwhile.next_weights[n] + meanwhile.next_first;
@@ -45,28 +45,32 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, const Meanwhile& mea
   }
   Stream ahead = progress.ahead;
   const int32_t* const last = factors.columns + end;
-  const auto add_next = [&]() DECOUPLIFY_INLINE_LAMBDA {
-    const int64_t column = *columns;
+  const auto add_one = [&](int channel) DECOUPLIFY_INLINE_LAMBDA {
+    const int64_t column = columns[channel];
+    const float* first = x + channel * NV * kLanes;
     Vec value[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
+    for (int v = 0; v < NV; ++v) value[v] = load(first + v * kLanes);
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) {
       const Vec w = splat(weight[n][column]);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
+      for (int v = 0; v < NV; ++v) add_product(acc[n][v], w, value[v]);
     }
-    ++columns, x += NV * kLanes;
+  };
+  const auto add_next = [&](auto n) DECOUPLIFY_INLINE_LAMBDA {
+    for_each_below(n, add_one);
+    columns += n, x += n * NV * kLanes;
   };
   while (FETCH && last - columns >= kChannelsAtOnce) {
-    const int channel = static_cast<int>(columns - factors.columns);
-    next_rows.fetch(channel);
-    if (OUTPUTS) outputs.fetch(channel);
+    next_rows.fetch();
+    if (OUTPUTS) outputs.fetch();
     ahead.fetch(kChannelsAtOnce);
-#pragma GCC unroll 1  // more would need more registers than there are
-    for (int i = 0; i < kChannelsAtOnce; ++i) add_next();
+#pragma GCC unroll 1
+    for (int i = 0; i < kChannelsAtOnce / kUnrolled; ++i) add_next(Unrolled{});
   }
-  while (columns < last) add_next();
+  while (last - columns >= kUnrolled) add_next(Unrolled{});
+  while (columns < last) add_next(One{});
   progress = {end, ahead};
 }
 

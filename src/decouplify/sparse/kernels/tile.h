@@ -64,8 +64,10 @@ struct Stream {
   int64_t step;  // bytes per channel
 
   void DECOUPLIFY_INLINE_MEMBER fetch(int n_channels) {
-    for (int i = 0; i < n_channels; ++i) __builtin_prefetch(at + i * step, 0, 2);
-    at += n_channels * step;
+    const char* const end = at + n_channels * step;
+#pragma GCC unroll 1
+    for (const char* line = at; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+    at = end;
   }
 };
 
@@ -105,7 +107,9 @@ struct Place {
   int64_t offset, column;
 };
 
-// What all tiles read, at position 0: x + place[c].offset + tap[t] is the first input of channel c.
+// What all tiles read, at position 0: x + place[c].offset + tap[t] is the first input of channel c. Inputs of one tap may
+// lie side by side instead, those of channel c at x + c * kTileFloats; then n_taps is kSideBySide.
+constexpr int kSideBySide = -1, kTileFloats = kTileVectors * kLanes;
 struct TileInput {
   const float* x;
   const Place* place;
@@ -163,6 +167,22 @@ struct TileProgress {
 // long as half a channel.
 constexpr int kChannelsAtOnce = 8;
 
+// How many channels are computed between two checks for the end. Where another thread shares the core, it takes every
+// second chance to issue instructions, and every instruction that is not a product makes the sums wait.
+constexpr int kUnrolled = kLanes == 8 ? 4 : 1;
+using Unrolled = std::integral_constant<int, kUnrolled>;
+using One = std::integral_constant<int, 1>;
+
+// f(0), f(1) and so on, written out.
+template <class F, int... I>
+DECOUPLIFY_INLINE void for_each(const F& f, std::integer_sequence<int, I...>) {
+  (f(I), ...);
+}
+template <int N, class F>
+DECOUPLIFY_INLINE void for_each_below(std::integral_constant<int, N>, const F& f) {
+  for_each(f, std::make_integer_sequence<int, N>{});
+}
+
 // N rows of memory that are fetched while a tile is computed, a little with every few channels: line after line and row
 // after row, for the hardware runs ahead of whoever reads in order.
 template <int N, bool TO_WRITE>
@@ -170,22 +190,31 @@ struct RowsAhead {
   // Weights of half of the channels, side by side, are so many lines in as many channels; outputs are fewer.
   static constexpr int kLines = TO_WRITE ? 1 : divide_up(N * 2 * kChannelsAtOnce, kFloatsPerLine);
   const float* row[N];
-  uint32_t per_line;  // rows, times 2^16
-  uint32_t length;    // floats of a row
+  uint32_t step;    // rows per fetch, times 2^16
+  uint32_t at;      // rows so far, times 2^16
+  uint32_t length;  // floats of a row
 
-  RowsAhead(int n_channels, int64_t length)
-      : per_line((uint32_t{N} << 16) / (n_channels / kChannelsAtOnce * kLines + 1)), length(length) {}
+  RowsAhead(int channel, int n_channels, int64_t length)
+      : step((uint32_t{N} << 16) / (n_channels / kChannelsAtOnce + 1)),
+        at(channel / kChannelsAtOnce * step),
+        length(length) {
+    hide(at);  // GCC 12 (its -ftree-pre) would fetch from the row of the first channel alone
+  }
 
-  // What is due at a channel, of which there is one in every kChannelsAtOnce.
-  void DECOUPLIFY_INLINE_MEMBER fetch(int channel) const {
-#pragma GCC unroll 1
+  // What is due with the next kChannelsAtOnce.
+  void DECOUPLIFY_INLINE_MEMBER fetch() {
+    const float* next = row[at >> 16] + ((at & 0xffff) * length >> 16);
+#pragma GCC unroll 8
     for (int i = 0; i < kLines; ++i) {
-      const uint32_t at = (channel / kChannelsAtOnce * kLines + i) * per_line;
-      const float* next = row[at >> 16] + ((at & 0xffff) * length >> 16);
-      TO_WRITE ? __builtin_prefetch(next, 1) : __builtin_prefetch(next, 0, 2);
+      const float* line = next + i * kFloatsPerLine;
+      TO_WRITE ? __builtin_prefetch(line, 1) : __builtin_prefetch(line, 0, 2);
     }
+    at += step;
   }
 };
+
+template <int TAPS>
+constexpr bool kIsPointwise = TAPS == 1 || TAPS == kSideBySide;
 
 // acc[filter][vector] += the products of channels up to `end`. FETCH: see TileAt::fetches; it takes time, which only
 // weights that are not in the cache are worth.
@@ -195,28 +224,29 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   const float* weight[NB];
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) weight[n] = to[n].weight;
-  RowsAhead<NB, false> next_rows(in.n_channels, FETCH && end > 0 ? in.place[in.n_channels - 1].column + 1 : 0);
+  RowsAhead<NB, false> next_rows(progress.channel, in.n_channels, FETCH && end > 0 ? in.place[in.n_channels - 1].column + 1 : 0);
   if (FETCH) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) next_rows.row[n] = to[n].next_weight;
   }
-  const int n_taps = TAPS > 0 ? TAPS : in.n_taps;
+  const int n_taps = TAPS == kSideBySide ? 1 : TAPS > 0 ? TAPS : in.n_taps;
   const float* first = in.x + at;
+  const float* next = first + int64_t{progress.channel} * kTileFloats;
   Stream ahead = progress.ahead;
   const Place* place = in.place + progress.channel;
   const Place* const last = in.place + end;
-  const auto add_next = [&]() DECOUPLIFY_INLINE_LAMBDA {
-    const float* x0 = first + place->offset;
-    const int64_t column = place->column;
+  const auto add_one = [&](int i) DECOUPLIFY_INLINE_LAMBDA {
+    const float* x0 = TAPS == kSideBySide ? next + i * kTileFloats : first + place[i].offset;
+    const int64_t column = place[i].column;
     if (TAPS == 9) {
       // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
-      const int64_t next = place[place + 1 < in.place + in.n_channels].column;
+      const int64_t following = place[place + 1 < in.place + in.n_channels].column;
 #pragma GCC unroll 8
-      for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + next);
+      for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + following);
     }
 #pragma GCC unroll 9
     for (int t = 0; t < n_taps; ++t) {
-      const float* x = x0 + in.tap[t];
+      const float* x = TAPS == kSideBySide ? x0 : x0 + in.tap[t];
       if (TAPS == 1) hide(x);
       Vec value[NV];
 #pragma GCC unroll 8
@@ -225,18 +255,22 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
       for (int n = 0; n < NB; ++n) {
         const Vec w = splat(weight[n][column + t]);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[n][v] += w * value[v];
+        for (int v = 0; v < NV; ++v) add_product(acc[n][v], w, value[v]);
       }
     }
-    ++place;
+  };
+  const auto add_next = [&](auto n) DECOUPLIFY_INLINE_LAMBDA {
+    for_each_below(n, add_one);
+    place += n, next += n * kTileFloats;
   };
   while (FETCH && last - place >= kChannelsAtOnce) {
-    next_rows.fetch(static_cast<int>(place - in.place));
+    next_rows.fetch();
     ahead.fetch(kChannelsAtOnce);
-#pragma GCC unroll 1  // more would need more registers than there are
-    for (int i = 0; i < kChannelsAtOnce; ++i) add_next();
+#pragma GCC unroll 1
+    for (int i = 0; i < kChannelsAtOnce / kUnrolled; ++i) add_next(Unrolled{});
   }
-  while (place < last) add_next();
+  while (kIsPointwise<TAPS> && last - place >= kUnrolled) add_next(Unrolled{});
+  while (place < last) add_next(One{});
   progress = {end, ahead};
 }
 
@@ -254,7 +288,7 @@ __attribute__((noinline)) static void add_part(const TileInput& in, const TileOu
   }
 }
 
-// TAPS is the number of taps per channel, 0 for a number known at run time only.
+// TAPS is the number of taps per channel, 0 for a number known at run time only, or kSideBySide.
 template <int TAPS, bool FETCH, int NB, int NV>
 static void run_tile(const TileInput& in, const TileOutput* to, const TileAt& tile, const int32_t* mask,
                      const Activation& activation) {
@@ -265,7 +299,7 @@ static void run_tile(const TileInput& in, const TileOutput* to, const TileAt& ti
     for (int v = 0; v < NV; ++v) acc[n][v] = splat(to[n].bias);
   }
   // With few channels the sums are done before a line has come.
-  if (TAPS == 1 || in.n_channels < 4) {
+  if (kIsPointwise<TAPS> || in.n_channels < 4) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) {
 #pragma GCC unroll 8
@@ -274,7 +308,7 @@ static void run_tile(const TileInput& in, const TileOutput* to, const TileAt& ti
       }
     }
   }
-  const int n_at_once = TAPS > 0 ? kLongestSum / TAPS : 1 + kLongestSum / in.n_taps;
+  const int n_at_once = kIsPointwise<TAPS> ? kLongestSum : TAPS > 0 ? kLongestSum / TAPS : 1 + kLongestSum / in.n_taps;
   TileProgress progress{0, tile.ahead};
   add_channels<TAPS, FETCH>(in, to, tile.first, smaller(in.n_channels, n_at_once), progress, acc);
   if (in.n_channels > n_at_once) {
@@ -312,6 +346,8 @@ static TileFunction tile_for(int n_filters, int n_vectors, std::integer_sequence
 // The tile for 1 <= n_filters <= kTileFilters and 1 <= n_vectors <= kTileVectors.
 static TileFunction tile_for(int n_taps, bool fetches, int n_filters, int n_vectors) {
   using Filters = std::make_integer_sequence<int, kTileFilters>;
+  if (n_taps == kSideBySide && fetches) return tile_for<kSideBySide, true>(n_filters, n_vectors, Filters{});
+  if (n_taps == kSideBySide) return tile_for<kSideBySide, false>(n_filters, n_vectors, Filters{});
   if (n_taps == 1 && fetches) return tile_for<1, true>(n_filters, n_vectors, Filters{});
   if (n_taps == 1) return tile_for<1, false>(n_filters, n_vectors, Filters{});
   if (n_taps == 9) return tile_for<9, false>(n_filters, n_vectors, Filters{});

@@ -46,6 +46,15 @@ DECOUPLIFY_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecInMemory*>(
 // Not `Vec{} + x`: 0 + x differs from x for -0, so the compiler would keep the addition.
 DECOUPLIFY_INLINE Vec splat(float x) { return x - Vec{}; }
 DECOUPLIFY_INLINE Vec keep(Vec v, Mask mask) { return (Vec)((Mask)v & mask); }
+// sum += a * b, in the register of the sum: the compiler would compute into that of an operand at times, copy it back
+// with another instruction, and run out of registers in loops that are unrolled.
+DECOUPLIFY_INLINE void add_product(Vec& sum, Vec a, Vec b) {
+#if defined(__AVX__) && defined(__FMA__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#else
+  sum += a * b;
+#endif
+}
 
 template <int... I>
 DECOUPLIFY_INLINE Mask lanes_below(int n, std::integer_sequence<int, I...>) {
@@ -149,6 +158,7 @@ template <class T>
 DECOUPLIFY_INLINE void hide(T*& pointer) {
   asm("" : "+r"(pointer));
 }
+DECOUPLIFY_INLINE void hide(uint32_t& number) { asm("" : "+r"(number)); }
 DECOUPLIFY_INLINE void hide(Vec& v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
