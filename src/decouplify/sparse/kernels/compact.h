@@ -53,8 +53,8 @@ DECOUPLIFY_INLINE Lanes lanes_at(const Geometry& g, int64_t at, int n) {
 }
 
 DECOUPLIFY_INLINE void compact(const float* plane, const Geometry& g, float* to) {
-  for (int y = 0; y < g.height; ++y) {
-    gather_row(plane + int64_t{y} * g.row, g.width, 0, 1, to + y * g.width, g.width, 0.0f);
+  for (int y = 0; y < g.height; ++y, plane += g.row, to += g.width) {
+    for (int x = 0; x < g.width; x += kLanes) store(to + x, load(plane + x));  // the next row overwrites what is too much
   }
 }
 

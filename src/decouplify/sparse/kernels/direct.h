@@ -94,32 +94,38 @@ struct FilterGroup {
   TileOutput to[kTileFilters];
 };
 
+// Whether tiles may copy what they read, where their vectors are short enough for that to be a small part of them.
+DECOUPLIFY_INLINE bool can_copy(const TileInput& in) { return kLanes <= 8 && in.n_taps == 1; }
+
 // What the tiles at hand read, side by side: in their planes, inputs of many channels fight for the sets of the
-// first-level cache, and nothing foresees the way from one to the next.
+// first-level cache, nothing foresees the way from one to the next, and to find each takes instructions.
 class CopiedTiles {
  public:
   // Without a buffer nothing is copied.
-  CopiedTiles(const TileInput& in, int n_tiles, Buffer* buffer) : in_(in), copy_(in) {
+  CopiedTiles(const TileInput& in, int n_tiles, Buffer* buffer) : in_(&in), copy_(in) {
     if (buffer == nullptr) return;
     x_ = buffer->reserve(1 + int64_t{n_tiles} * in.n_channels * kTileFloats);  // there may be no channel
     copy_.n_taps = kSideBySide;
   }
 
-  // Vectors [v0, v0 + n) of all channels, for tile `index` of those at hand.
-  TileInput of(int index, int v0, int n) const {
-    if (x_ == nullptr) return in_;
+  // The n vectors from position `first` on of all channels, as tile `index` of those at hand.
+  void copy(int index, int64_t first, int n) const {
+    if (x_ == nullptr) return;
+    const float* x = in_->x + in_->tap[0] + first;
+    float* to = tile(index);
+    for (int i = 0; i < in_->n_channels; ++i, to += kTileFloats) copy_vectors(x + in_->place[i].offset, to, n);
+  }
+  TileInput of(int index, int64_t first) const {
+    if (x_ == nullptr) return *in_;
     TileInput found = copy_;
-    float* to = x_ + int64_t{index} * in_.n_channels * kTileFloats;
-    found.x = to - int64_t{v0} * kLanes;
-    for (int i = 0; i < in_.n_channels; ++i, to += kTileFloats) {
-      const float* from = in_.x + in_.place[i].offset + in_.tap[0] + int64_t{v0} * kLanes;
-      for (int v = 0; v < n; ++v) store(to + v * kLanes, load(from + v * kLanes));
-    }
+    found.x = tile(index) - first;
     return found;
   }
 
  private:
-  const TileInput& in_;
+  float* tile(int index) const { return x_ + int64_t{index} * in_->n_channels * kTileFloats; }
+
+  const TileInput* in_;
   TileInput copy_;
   float* x_ = nullptr;
 };
@@ -145,13 +151,10 @@ struct DirectJob {
   // Groups that all tiles meet before the next ones: weights that do not stay in the cache are better read once than
   // once per tile.
   int groups_at_once() const {
-    if (can_copy()) return DECOUPLIFY_ISA::groups_at_once(weights_per_filter() * kTileFilters);
+    if (can_copy(input)) return DECOUPLIFY_ISA::groups_at_once(weights_per_filter() * kTileFilters);
     const int64_t n_input = int64_t{input.n_channels} * conv.in.plane, n_weights = n * input.n_channels * input.n_taps;
     return n_input * sizeof(float) < (600 << 10) && n_weights * sizeof(float) > (256 << 10) ? 1 : n_filter_groups();
   }
-
-  // Whether tiles may copy what they read, where their vectors are short enough for that to be a small part of them.
-  bool can_copy() const { return kLanes <= 8 && input.n_taps == 1; }
 
   FilterGroup group_at(int group, int slot) const {
     const int n0 = part(n, n_filter_groups(), group), n1 = part(n, n_filter_groups(), group + 1);
@@ -170,7 +173,7 @@ struct DirectJob {
 
   // Group `index` on vectors [v0, v1). fetches: whether weights are met for the first time.
   void run(const TileInput& in, const FilterGroup& group, int index, int v0, int v1, bool fetches) const {
-    TileAt tile{int64_t{v0} * kLanes, fetches, nothing_ahead(in.x)};
+    TileAt tile{int64_t{v0} * kLanes, fetches, false, nothing_ahead(in.x)};
     if (fetches) {
       tile.ahead = stream_of(call.ahead, index, n_filter_groups(), in.n_channels);
       if (in.n_taps > 1) fetch_part(call.ahead, index, n_filter_groups());
@@ -196,7 +199,7 @@ struct DirectJob {
   void run(const Part& part) const {
     const int most = smaller(groups_at_once(), part.group1 - part.group0);
     auto* groups = reserve_groups(most, part.thread);
-    const bool copies = can_copy() && most >= 4;
+    const bool copies = can_copy(input) && most >= 4;
     const int n_at_once = tiles_at_once(input.n_channels * input.n_taps);
     const CopiedTiles copy(input, n_at_once, copies ? &scratch.transformed[part.thread] : nullptr);
     Tiles tiles;
@@ -207,7 +210,11 @@ struct DirectJob {
         tiles.n = smaller(n_at_once, part.tile1 - tile);
         tiles.are_first = part.fetches && tile == part.tile0;
         for (int i = 0; i <= tiles.n; ++i) tiles.v[i] = tile_start(tile + i);
-        for (int i = 0; i < tiles.n; ++i) tiles.in[i] = copy.of(i, tiles.v[i], tiles.v[i + 1] - tiles.v[i]);
+        for (int i = 0; i < tiles.n; ++i) {
+          const int64_t first_of_tile = int64_t{tiles.v[i]} * kLanes;
+          copy.copy(i, first_of_tile, tiles.v[i + 1] - tiles.v[i]);
+          tiles.in[i] = copy.of(i, first_of_tile);
+        }
         run(tiles, groups, begin, end);
       }
     }

@@ -93,9 +93,31 @@ struct ExpandJob {
     return {first, smaller(end, window.out.height), v0, v1};
   }
 
+  // What tiles compute of a band, from a position in the expanded map on.
+  struct Span {
+    int64_t start;
+    int n_vectors;
+    int n_tiles() const { return divide_up(n_vectors, kTileVectors); }
+    int64_t first(int tile) const { return start + int64_t{tile} * kTileFloats; }
+    int n_vectors_of(int tile) const { return smaller(kTileVectors, n_vectors - tile * kTileVectors); }
+  };
+  Span span_of(const Band& band) const {
+    const int64_t start = whole_lines(int64_t{band.first_pixel_row()} * window.in.row);
+    return {start, divide_up(static_cast<int>(int64_t{band.last_pixel_row()} * window.in.row - start), kLanes)};
+  }
+
+  // The input under these rows of the output.
+  CopiedTiles tiles_under(const Rows& rows, int thread) const {
+    const bool copies = packed == nullptr && can_copy(input) && n_groups() >= 4;
+    const Span span = span_of(band_under(rows, nullptr));
+    const CopiedTiles tiles(input, span.n_tiles(), copies ? &scratch.transformed[thread] : nullptr);
+    for (int i = 0; i < span.n_tiles(); ++i) tiles.copy(i, span.first(i), span.n_vectors_of(i));
+    return tiles;
+  }
+
   // Both convolutions for filters [n0, n1) of the list; output_of(i) says where those of filter i go.
   template <class OutputOf>
-  void run(const Rows& rows, int n0, int n1, int thread, OutputOf&& output_of) const {
+  void run(const Rows& rows, const CopiedTiles& tiles, int n0, int n1, int thread, OutputOf&& output_of) const {
     const Band sized = band_under(rows, nullptr);
     const int64_t n_floats = Band::filter_floats(window.in, sized.last() - sized.first()) * (n1 - n0);
     const Band band = band_under(rows, scratch.products[thread].reserve(n_floats + kTileVectors * kLanes));
@@ -103,17 +125,14 @@ struct ExpandJob {
     if (n_output * (n1 - n0) <= kFetchedFloats) {
       for (int i = n0; i < n1; ++i) fetch_to_write(output_of(i).out + rows.first * window.out.row, n_output);
     }
-    packed == nullptr ? fill(band, n0, n1) : fill_packed(band, n0, n1);
+    packed == nullptr ? fill(band, tiles, n0, n1) : fill_packed(band, n0, n1);
     for (int i = n0; i < n1; ++i) {
       band.clear_outside(i - n0);
       slide_filter(band, band.origin(i - n0), i, rows, output_of(i), thread);
     }
   }
 
-  void fill(const Band& band, int n0, int n1) const {
-    const int64_t start = whole_lines(int64_t{band.first_pixel_row()} * window.in.row);
-    const int64_t n = int64_t{band.last_pixel_row()} * window.in.row - start;
-    const int n_tile = divide_up(static_cast<int>(n), kLanes);
+  void fill(const Band& band, const CopiedTiles& tiles, int n0, int n1) const {
     TileOutput to[kTileFilters] = {};
     for (int i = n0; i < n1; ++i) {
       const int filter = call.filters[i];
@@ -122,10 +141,11 @@ struct ExpandJob {
       o.out = band.origin(i - n0);
       o.bias = expand.bias[filter];
     }
-    TileAt tile{start, false, nothing_ahead(input.x)};
-    for (int v = 0; v < n_tile; v += kTileVectors, tile.first += kTileVectors * kLanes) {
-      const TileFunction run = tile_for(input.n_taps, false, n1 - n0, smaller(kTileVectors, n_tile - v));
-      run(input, to, tile, window.in.mask, expand.activation);
+    const Span span = span_of(band);
+    for (int i = 0; i < span.n_tiles(); ++i) {
+      const TileInput in = tiles.of(i, span.first(i));
+      const TileAt tile{span.first(i), false, true, nothing_ahead(in.x)};
+      tile_for(in.n_taps, false, n1 - n0, span.n_vectors_of(i))(in, to, tile, window.in.mask, expand.activation);
     }
   }
 
@@ -201,10 +221,13 @@ static void expand_and_slide(const Convolution& expand, const Window& window, co
   const auto run_all = [&] {
     const int n_groups = job.n_groups();
     parallel(call.n_threads, job.n_bands() * n_groups, [&](const Share& share) {
+      CopiedTiles tiles(job.input, 0, nullptr);
       for (int index = share.begin; index < share.end; ++index) {
         const int group = index % n_groups;
         const int n0 = part(call.n_filters, n_groups, group), n1 = part(call.n_filters, n_groups, group + 1);
-        job.run(job.rows_of(index / n_groups), n0, n1, share.thread, [&](int i) {
+        const Rows rows = job.rows_of(index / n_groups);
+        if (group == 0 || index == share.begin) tiles = job.tiles_under(rows, share.thread);
+        job.run(rows, tiles, n0, n1, share.thread, [&](int i) {
           const int filter = call.filters[i];
           TileOutput to{};
           to.out = call.out + filter * window.out.plane + window.out.origin;

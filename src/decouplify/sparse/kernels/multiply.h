@@ -5,9 +5,9 @@
 
 namespace decouplify::DECOUPLIFY_ISA {
 
-// Three vectors leave registers for more filters than a full tile has.
-constexpr int kMostFilters = kTileVectors == 4 ? 8 : kTileFilters;
-DECOUPLIFY_INLINE int filters_at_once(int n_vectors) { return n_vectors < 4 ? kMostFilters : kTileFilters; }
+// Fewer vectors leave registers for more filters than a full tile has.
+constexpr int kMostFilters = kTileVectors == 4 ? 8 : 6;
+DECOUPLIFY_INLINE int filters_at_once(int n_vectors) { return n_vectors < kTileVectors ? kMostFilters : kTileFilters; }
 
 // The operands of one tile.
 struct Factors {

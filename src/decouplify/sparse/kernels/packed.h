@@ -107,7 +107,7 @@ class PackedInput {
     for (int tile = 0; tile < n_tiles(); ++tile) {
       const int v0 = tile_start(tile), n = tile_start(tile + 1) - v0;
       float* to = x_ + (int64_t{v0} * n_rows() + int64_t{row} * n) * kLanes;
-      for (int v = 0; v < n; ++v) store(to + v * kLanes, load(pixels + (v0 + v) * kLanes));
+      copy_vectors(pixels + v0 * kLanes, to, n);
     }
   }
 

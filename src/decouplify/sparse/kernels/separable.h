@@ -83,8 +83,9 @@ class SeparableJob {
                 const Share& share) const {
     float* origin = memory - whole_lines(int64_t{rows.first} * out().row);  // as if all rows were there
     const int n_groups = expand_.n_groups(), n = layers_.inner.n_filters;
+    const CopiedTiles tiles = expand_.tiles_under(rows, share.thread);
     for (int group = 0; group < n_groups; ++group) {
-      expand_.run(rows, part(n, n_groups, group), part(n, n_groups, group + 1), share.thread, [&](int i) {
+      expand_.run(rows, tiles, part(n, n_groups, group), part(n, n_groups, group + 1), share.thread, [&](int i) {
         TileOutput to{};
         to.out = origin + i * plane;
         to.bias = layers_.window.bias[layers_.inner.filters[i]];

@@ -97,7 +97,7 @@ DECOUPLIFY_INLINE void fetch_part(const Ahead& ahead, int i, int n) {
 }
 
 // Outputs are rarely in the cache; a store waits for its line, unless that was asked for long before.
-constexpr int kFloatsPerLine = 16;
+constexpr int kFloatsPerLine = 16, kVectorsPerLine = divide_up(kFloatsPerLine, kLanes);
 DECOUPLIFY_INLINE void fetch_to_write(const float* first, int64_t n_floats) {
   for (int64_t i = 0; i < n_floats; i += kFloatsPerLine) __builtin_prefetch(first + i, 1);
 }
@@ -106,6 +106,16 @@ DECOUPLIFY_INLINE void fetch_to_write(const float* first, int64_t n_floats) {
 struct Place {
   int64_t offset, column;
 };
+
+// The vectors of one tile and channel.
+DECOUPLIFY_INLINE void copy_vectors(const float* from, float* to, int n) {
+  if (n == kTileVectors) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) store(to + v * kLanes, load(from + v * kLanes));
+  } else {
+    for (int v = 0; v < n; ++v) store(to + v * kLanes, load(from + v * kLanes));
+  }
+}
 
 // What all tiles read, at position 0: x + place[c].offset + tap[t] is the first input of channel c. Inputs of one tap may
 // lie side by side instead, those of channel c at x + c * kTileFloats; then n_taps is kSideBySide.
@@ -122,6 +132,7 @@ struct TileInput {
 struct TileAt {
   int64_t first;
   bool fetches;  // whether weights of the next filters, and what comes after them, are fetched meanwhile (1x1 only)
+  bool is_near;  // whether the output is in the cache
   Stream ahead;
 };
 
@@ -299,13 +310,13 @@ static void run_tile(const TileInput& in, const TileOutput* to, const TileAt& ti
     for (int v = 0; v < NV; ++v) acc[n][v] = splat(to[n].bias);
   }
   // With few channels the sums are done before a line has come.
-  if (kIsPointwise<TAPS> || in.n_channels < 4) {
+  if (!tile.is_near && (kIsPointwise<TAPS> || in.n_channels < 4)) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) {
+      const float* out = (to[n].residual ? to[n].residual : to[n].out) + tile.first;
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) {
-        __builtin_prefetch((to[n].residual ? to[n].residual : to[n].out) + tile.first + v * kLanes, 1);
-      }
+      for (int v = 0; v < NV; v += kVectorsPerLine) __builtin_prefetch(out + v * kLanes, 1);
+      if (NV > 1 && kVectorsPerLine > 1) __builtin_prefetch(out + (NV - 1) * kLanes, 1);
     }
   }
   const int n_at_once = kIsPointwise<TAPS> ? kLongestSum : TAPS > 0 ? kLongestSum / TAPS : 1 + kLongestSum / in.n_taps;
