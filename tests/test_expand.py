@@ -106,7 +106,7 @@ def cases(draw: Any) -> Case:
         size=size,
         sliding=sliding,
         channels=draw(_lists(draw(st.integers(1, 12)))),
-        filters=draw(_lists(draw(st.integers(1, 20)))),
+        filters=draw(_lists(draw(st.integers(1, 40)))),
         act=draw(st.sampled_from(list(ACTS))),
         n_threads=draw(st.integers(1, 3)),
         seed=draw(st.integers(0, 1000)),
@@ -126,7 +126,7 @@ def test_every_instruction_set_on_the_sizes_of_real_networks(name: str, kernel: 
         # In several bands, in one, and with the input packed.
         for side, n_channels in ((112, 24), (56, 24), (7, 24), (14, 500), (7, 160)):
             sliding = Sliding((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2))
-            channels, filters = [i % 2 == 0 for i in range(n_channels)], [i % 2 == 0 for i in range(24)]
+            channels, filters = [i % 2 == 0 for i in range(n_channels)], [i % 2 == 0 for i in range(40)]
             for n_threads in (1, 2):
                 assert_same(Case((side, side), sliding, channels, filters, Act(low=0.0, high=6.0), n_threads))
 

@@ -164,7 +164,7 @@ def cases(draw: Any) -> Case:
         first=first,
         sliding=sliding,
         channels=channels,
-        inner=draw(_lists(draw(st.integers(1, 20)))),
+        inner=draw(_lists(draw(st.integers(1, 40)))),
         outer=draw(_lists(len(channels) if residual else draw(st.integers(1, 14)))),
         acts=(act, draw(st.sampled_from([act, Act(low=0.0)])), draw(st.sampled_from(list(ACTS)))),
         residual=residual,

@@ -46,11 +46,10 @@ DECOUPLIFY_INLINE int groups_at_once(int64_t weights_per_group) {
 }
 
 // Consecutive tiles that each group of filters meets one after another: the second of two tiles writes to the lines that
-// the first one wrote to, and finds them in the cache. Their inputs, of so many rows, stay in the second-level cache.
+// the first one wrote to, and finds them in the cache. Their inputs, of so many rows, are about n_floats.
 constexpr int kMostTilesAtOnce = 16;
-DECOUPLIFY_INLINE int tiles_at_once(int n_rows) {
-  constexpr int kInputsAtOnce = 16 << 10;
-  return smaller(kMostTilesAtOnce, 1 + kInputsAtOnce / (n_rows * kTileVectors * kLanes + 1));
+DECOUPLIFY_INLINE int tiles_at_once(int n_rows, int n_floats) {
+  return smaller(kMostTilesAtOnce, 1 + n_floats / (n_rows * kTileFloats + 1));
 }
 
 // Sums over the pixels of each filter, one vector per slot and filter until every tile is done. Tiles that share a slot
@@ -108,12 +107,18 @@ class CopiedTiles {
     copy_.n_taps = kSideBySide;
   }
 
-  // The n vectors from position `first` on of all channels, as tile `index` of those at hand.
-  void copy(int index, int64_t first, int n) const {
+  // Copies tiles 0 to n_tiles; start(i) is the position where tile i begins, and the one before it ends. Channel after
+  // channel, for a plane is read best in order.
+  template <class Start>
+  void copy(int n_tiles, const Start& start) const {
     if (x_ == nullptr) return;
-    const float* x = in_->x + in_->tap[0] + first;
-    float* to = tile(index);
-    for (int i = 0; i < in_->n_channels; ++i, to += kTileFloats) copy_vectors(x + in_->place[i].offset, to, n);
+    for (int c = 0; c < in_->n_channels; ++c) {
+      const float* plane = in_->x + in_->place[c].offset + in_->tap[0];
+      for (int i = 0; i < n_tiles; ++i) {
+        const int64_t first = start(i);
+        copy_vectors(plane + first, tile(i) + int64_t{c} * kTileFloats, static_cast<int>(start(i + 1) - first) / kLanes);
+      }
+    }
   }
   TileInput of(int index, int64_t first) const {
     if (x_ == nullptr) return *in_;
@@ -121,6 +126,8 @@ class CopiedTiles {
     found.x = tile(index) - first;
     return found;
   }
+  // From x of one tile to that of the next, where each begins kTileFloats after the one before.
+  int64_t step() const { return x_ == nullptr ? 0 : (int64_t{in_->n_channels} - 1) * kTileFloats; }
 
  private:
   float* tile(int index) const { return x_ + int64_t{index} * in_->n_channels * kTileFloats; }
@@ -200,7 +207,7 @@ struct DirectJob {
     const int most = smaller(groups_at_once(), part.group1 - part.group0);
     auto* groups = reserve_groups(most, part.thread);
     const bool copies = can_copy(input) && most >= 4;
-    const int n_at_once = tiles_at_once(input.n_channels * input.n_taps);
+    const int n_at_once = tiles_at_once(input.n_channels * input.n_taps, 16 << 10);  // read from planes in longer runs
     const CopiedTiles copy(input, n_at_once, copies ? &scratch.transformed[part.thread] : nullptr);
     Tiles tiles;
     for (int begin = part.group0; begin < part.group1; begin += most) {
@@ -210,11 +217,9 @@ struct DirectJob {
         tiles.n = smaller(n_at_once, part.tile1 - tile);
         tiles.are_first = part.fetches && tile == part.tile0;
         for (int i = 0; i <= tiles.n; ++i) tiles.v[i] = tile_start(tile + i);
-        for (int i = 0; i < tiles.n; ++i) {
-          const int64_t first_of_tile = int64_t{tiles.v[i]} * kLanes;
-          copy.copy(i, first_of_tile, tiles.v[i + 1] - tiles.v[i]);
-          tiles.in[i] = copy.of(i, first_of_tile);
-        }
+        const auto start = [&](int i) { return int64_t{tiles.v[i]} * kLanes; };
+        copy.copy(tiles.n, start);
+        for (int i = 0; i < tiles.n; ++i) tiles.in[i] = copy.of(i, start(i));
         run(tiles, groups, begin, end);
       }
     }

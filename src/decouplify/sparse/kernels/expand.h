@@ -98,8 +98,7 @@ struct ExpandJob {
     int64_t start;
     int n_vectors;
     int n_tiles() const { return divide_up(n_vectors, kTileVectors); }
-    int64_t first(int tile) const { return start + int64_t{tile} * kTileFloats; }
-    int n_vectors_of(int tile) const { return smaller(kTileVectors, n_vectors - tile * kTileVectors); }
+    int64_t first(int tile) const { return start + int64_t{smaller(tile * kTileVectors, n_vectors)} * kLanes; }
   };
   Span span_of(const Band& band) const {
     const int64_t start = whole_lines(int64_t{band.first_pixel_row()} * window.in.row);
@@ -111,7 +110,7 @@ struct ExpandJob {
     const bool copies = packed == nullptr && can_copy(input) && n_groups() >= 4;
     const Span span = span_of(band_under(rows, nullptr));
     const CopiedTiles tiles(input, span.n_tiles(), copies ? &scratch.transformed[thread] : nullptr);
-    for (int i = 0; i < span.n_tiles(); ++i) tiles.copy(i, span.first(i), span.n_vectors_of(i));
+    tiles.copy(span.n_tiles(), [&](int i) { return span.first(i); });
     return tiles;
   }
 
@@ -142,11 +141,15 @@ struct ExpandJob {
       o.bias = expand.bias[filter];
     }
     const Span span = span_of(band);
-    for (int i = 0; i < span.n_tiles(); ++i) {
-      const TileInput in = tiles.of(i, span.first(i));
-      const TileAt tile{span.first(i), false, true, nothing_ahead(in.x)};
-      tile_for(in.n_taps, false, n1 - n0, span.n_vectors_of(i))(in, to, tile, window.in.mask, expand.activation);
+    TileInput in = tiles.of(0, span.start);
+    const TileFunction whole = tile_for(in.n_taps, false, n1 - n0, kTileVectors);
+    TileAt tile{span.start, false, true, nothing_ahead(in.x)};
+    int v = 0;
+    for (; v + kTileVectors <= span.n_vectors; v += kTileVectors, tile.first += kTileFloats, in.x += tiles.step()) {
+      whole(in, to, tile, window.in.mask, expand.activation);
     }
+    if (v == span.n_vectors) return;
+    tile_for(in.n_taps, false, n1 - n0, span.n_vectors - v)(in, to, tile, window.in.mask, expand.activation);
   }
 
   // The whole map, which has one band then.

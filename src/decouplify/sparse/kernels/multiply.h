@@ -16,6 +16,7 @@ struct Factors {
   const float* const* weights;       // per filter
   int64_t first;                     // where in all of them to begin
   int n_channels;
+  uint32_t part_per_fetch;           // of so many channels
 };
 
 // What is fetched meanwhile.
@@ -36,8 +37,9 @@ DECOUPLIFY_INLINE void add_products(const Factors& factors, const Meanwhile& mea
   for (int n = 0; n < NB; ++n) weight[n] = factors.weights[n] + factors.first;
   const float* x = factors.x + int64_t{progress.channel} * NV * kLanes;
   const int32_t* columns = factors.columns + progress.channel;
-  RowsAhead<NB, false> next_rows(progress.channel, factors.n_channels, end > 0 ? factors.columns[factors.n_channels - 1] + 1 : 0);
-  RowsAhead<NB, true> outputs(progress.channel, factors.n_channels, meanwhile.n_outputs);
+  const int length = end > 0 ? factors.columns[factors.n_channels - 1] + 1 : 0;
+  RowsAhead<NB, false> next_rows(progress.channel, factors.part_per_fetch, length);
+  RowsAhead<NB, true> outputs(progress.channel, factors.part_per_fetch, meanwhile.n_outputs);
   if (FETCH) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) next_rows.row[n] = meanwhile.next_weights[n] + meanwhile.next_first;

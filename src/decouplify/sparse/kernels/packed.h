@@ -58,14 +58,15 @@ class PackedInput {
                 float* products) const {
     const float *weights[kMostFilters], *next_weights[kMostFilters];
     for (int i = n0; i < n1; ++i) {
-      const int next = i + n1 - n0;
       weights[i - n0] = weights_of(call_.filters[i]);
+      if (!fetches) continue;
+      const int next = i + n1 - n0;
       next_weights[i - n0] = weights_of(call_.filters[next < call_.n_filters ? next : i]);
     }
     const int v0 = tile_start(tile), n = tile_start(tile + 1) - v0;
     const float* inputs = x_ + int64_t{v0} * n_rows() * kLanes;
     const MultiplyFunction run = fetches ? multiply_for<true, true>(n1 - n0, n) : multiply_for<false, true>(n1 - n0, n);
-    run({inputs, columns_, weights, 0, n_rows()}, {next_weights, 0, ahead, outputs, n_outputs}, products, kProductFloats);
+    run({inputs, columns_, weights, 0, n_rows(), part_per_fetch(n_rows())}, {next_weights, 0, ahead, outputs, n_outputs}, products, kProductFloats);
     if (n_rest_ == 0 || tile + 1 < n_tiles()) return;
     multiply_rest(weights, n1 - n0, products + n * kLanes);
   }
@@ -212,7 +213,7 @@ struct PackedJob {
   void run(const Part& part) const {
     // All at once where vectors are long: nothing else was tried there, and such processors have larger caches.
     const int most = kLanes > 8 ? n_groups() : groups_at_once(input.n_weights() * input.filters_at_once());
-    const int n_at_once = tiles_at_once(input.n_rows());
+    const int n_at_once = tiles_at_once(input.n_rows(), 4 << 10);  // half of a first-level cache
     for (int begin = part.group0; begin < part.group1; begin += most) {
       const int end = smaller(begin + most, part.group1);
       for (int tile = part.tile0; tile < part.tile1; tile += n_at_once) {

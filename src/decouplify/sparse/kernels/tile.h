@@ -194,6 +194,9 @@ DECOUPLIFY_INLINE void for_each_below(std::integral_constant<int, N>, const F& f
   for_each(f, std::make_integer_sequence<int, N>{});
 }
 
+// The part of all rows that a tile of so many channels fetches at once, times 2^16; a division, which takes time.
+DECOUPLIFY_INLINE uint32_t part_per_fetch(int n_channels) { return (1u << 16) / (n_channels / kChannelsAtOnce + 1); }
+
 // N rows of memory that are fetched while a tile is computed, a little with every few channels: line after line and row
 // after row, for the hardware runs ahead of whoever reads in order.
 template <int N, bool TO_WRITE>
@@ -205,8 +208,8 @@ struct RowsAhead {
   uint32_t at;      // rows so far, times 2^16
   uint32_t length;  // floats of a row
 
-  RowsAhead(int channel, int n_channels, int64_t length)
-      : step((uint32_t{N} << 16) / (n_channels / kChannelsAtOnce + 1)),
+  RowsAhead(int channel, uint32_t part_per_fetch, int64_t length)
+      : step(N * part_per_fetch),
         at(channel / kChannelsAtOnce * step),
         length(length) {
     hide(at);  // GCC 12 (its -ftree-pre) would fetch from the row of the first channel alone
@@ -235,7 +238,8 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   const float* weight[NB];
 #pragma GCC unroll 8
   for (int n = 0; n < NB; ++n) weight[n] = to[n].weight;
-  RowsAhead<NB, false> next_rows(progress.channel, in.n_channels, FETCH && end > 0 ? in.place[in.n_channels - 1].column + 1 : 0);
+  const int64_t length = FETCH && end > 0 ? in.place[in.n_channels - 1].column + 1 : 0;
+  RowsAhead<NB, false> next_rows(progress.channel, FETCH ? part_per_fetch(in.n_channels) : 0, length);
   if (FETCH) {
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) next_rows.row[n] = to[n].next_weight;
@@ -316,7 +320,7 @@ static void run_tile(const TileInput& in, const TileOutput* to, const TileAt& ti
       const float* out = (to[n].residual ? to[n].residual : to[n].out) + tile.first;
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v += kVectorsPerLine) __builtin_prefetch(out + v * kLanes, 1);
-      if (NV > 1 && kVectorsPerLine > 1) __builtin_prefetch(out + (NV - 1) * kLanes, 1);
+      if ((NV - 1) % kVectorsPerLine != 0) __builtin_prefetch(out + (NV - 1) * kLanes, 1);
     }
   }
   const int n_at_once = kIsPointwise<TAPS> ? kLongestSum : TAPS > 0 ? kLongestSum / TAPS : 1 + kLongestSum / in.n_taps;

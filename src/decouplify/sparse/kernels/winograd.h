@@ -255,10 +255,11 @@ struct Winograd {
       const int n_group = first[g + 1] - first[g];
       multiply[g] = fetches ? multiply_for<true, false>(n_group, block.n) : multiply_for<false, false>(n_group, block.n);
     }
+    const uint32_t per_fetch = part_per_fetch(sources.n);
     const auto run_group = [&](int e, int g) {
       const int64_t column = int64_t{e} * sources.n_columns;
       const float* inputs = block.transformed + e * block.point;
-      multiply[g]({inputs, sources.column, rows + first[g], column, sources.n},
+      multiply[g]({inputs, sources.column, rows + first[g], column, sources.n, per_fetch},
                   {rows + first[g], column + sources.n_columns, nothing_ahead(inputs)},
                   products + first[g] * filter + e * point, filter);
     };
