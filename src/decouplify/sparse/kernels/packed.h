@@ -66,7 +66,8 @@ class PackedInput {
     const int v0 = tile_start(tile), n = tile_start(tile + 1) - v0;
     const float* inputs = x_ + int64_t{v0} * n_rows() * kLanes;
     const MultiplyFunction run = fetches ? multiply_for<true, true>(n1 - n0, n) : multiply_for<false, true>(n1 - n0, n);
-    run({inputs, columns_, weights, 0, n_rows(), part_per_fetch(n_rows())}, {next_weights, 0, ahead, outputs, n_outputs}, products, kProductFloats);
+    const Factors factors{inputs, columns_, weights, 0, n_rows(), part_per_fetch(n_rows())};
+    run(factors, {next_weights, 0, ahead, outputs, n_outputs}, products, kProductFloats);
     if (n_rest_ == 0 || tile + 1 < n_tiles()) return;
     multiply_rest(weights, n1 - n0, products + n * kLanes);
   }

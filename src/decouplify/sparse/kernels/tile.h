@@ -107,7 +107,7 @@ struct Place {
   int64_t offset, column;
 };
 
-// The vectors of one tile and channel.
+// Copies what a tile of n vectors reads of one channel.
 DECOUPLIFY_INLINE void copy_vectors(const float* from, float* to, int n) {
   if (n == kTileVectors) {
 #pragma GCC unroll 8
@@ -212,7 +212,7 @@ struct RowsAhead {
       : step(N * part_per_fetch),
         at(channel / kChannelsAtOnce * step),
         length(length) {
-    hide(at);  // GCC 12 (its -ftree-pre) would fetch from the row of the first channel alone
+    hide(at);  // GCC 12 (its -ftree-pre) would fetch from the first row alone
   }
 
   // What is due with the next kChannelsAtOnce.
@@ -251,11 +251,12 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   const Place* place = in.place + progress.channel;
   const Place* const last = in.place + end;
   const auto add_one = [&](int i) DECOUPLIFY_INLINE_LAMBDA {
-    const float* x0 = TAPS == kSideBySide ? next + i * kTileFloats : first + place[i].offset;
-    const int64_t column = place[i].column;
+    const Place* const here = place + i;
+    const float* x0 = TAPS == kSideBySide ? next + i * kTileFloats : first + here->offset;
+    const int64_t column = here->column;
     if (TAPS == 9) {
       // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
-      const int64_t following = place[place + 1 < in.place + in.n_channels].column;
+      const int64_t following = here[here + 1 < in.place + in.n_channels].column;
 #pragma GCC unroll 8
       for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + following);
     }
