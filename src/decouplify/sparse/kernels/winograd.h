@@ -158,7 +158,7 @@ template <class T, int ROWS>
 struct Winograd {
   static constexpr int M = T::kTile, kRunWidth = kLanes / ROWS;
   static constexpr int kPoints = T::kPoints * T::kPoints;
-  static constexpr int kFiltersAtOnce = 24;  // their products stay in the second-level cache
+  static constexpr int kFiltersAtOnce = 4 * kTileFilters;  // their products stay in the second-level cache
 
   const Convolution& conv;
   const ConvolutionCall& call;
