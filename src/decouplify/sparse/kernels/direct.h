@@ -245,7 +245,7 @@ static const float* place_channels(const Convolution& conv, const ConvolutionCal
     return call.in + conv.in.origin;
   }
   place_in_phases(taps, conv.out);
-  float* gathered = scratch.gathered.reserve(taps.channel() * call.n_channels + kTileVectors * kLanes);
+  float* gathered = scratch.gathered.reserve(taps.channel() * call.n_channels + kTileFloats);
   parallel(call.n_threads, call.n_channels, [&](const Share& share) {
     for (int i = share.begin; i < share.end; ++i) {
       const float* plane = call.in + call.channels[i] * conv.in.plane + conv.in.origin;

@@ -119,7 +119,7 @@ struct ExpandJob {
   void run(const Rows& rows, const CopiedTiles& tiles, int n0, int n1, int thread, OutputOf&& output_of) const {
     const Band sized = band_under(rows, nullptr);
     const int64_t n_floats = Band::filter_floats(window.in, sized.last() - sized.first()) * (n1 - n0);
-    const Band band = band_under(rows, scratch.products[thread].reserve(n_floats + kTileVectors * kLanes));
+    const Band band = band_under(rows, scratch.products[thread].reserve(n_floats + kTileFloats));
     const int64_t n_output = int64_t{rows.last - rows.first} * window.out.row;
     if (n_output * (n1 - n0) <= kFetchedFloats) {
       for (int i = n0; i < n1; ++i) fetch_to_write(output_of(i).out + rows.first * window.out.row, n_output);
@@ -173,7 +173,7 @@ struct ExpandJob {
                     int thread) const {
     const float* weight = window.weight + int64_t{call.filters[i]} * taps.n;
     if (by_rows) return slide_rows(window, plane, weight, rows.first, rows.last, to);
-    float* gathered = in_place ? nullptr : scratch.window[thread].reserve(taps.channel() + kTileVectors * kLanes);
+    float* gathered = in_place ? nullptr : scratch.window[thread].reserve(taps.channel() + kTileFloats);
     if (!in_place) gather_band(band, plane, rows.first, rows.last, gathered);
     const WindowInput in{in_place ? plane : gathered, taps.offset, taps.n, weight};
     int v = rows.v0;

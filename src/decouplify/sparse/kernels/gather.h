@@ -60,7 +60,7 @@ DECOUPLIFY_INLINE void place_in_plane(Taps& taps, const Geometry& in) {
 DECOUPLIFY_INLINE void place_in_phases(Taps& taps, const Geometry& out) {
   const int n_rows = out.height + taps.rows.last() - taps.rows.first();
   // A tile's last vector may begin at the last pixel.
-  taps.plane = (int64_t{n_rows} * out.row + kTileVectors * kLanes + 15) / 16 * 16;
+  taps.plane = (int64_t{n_rows} * out.row + kTileFloats + 15) / 16 * 16;
   if (taps.plane % 1024 == 0) taps.plane += 16;  // planes a page apart would fight for the same cache sets
   for (int t = 0; t < taps.n; ++t) {
     const int r = t / taps.columns.kernel, c = t % taps.columns.kernel;

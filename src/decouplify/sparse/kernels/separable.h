@@ -33,7 +33,7 @@ class SeparableJob {
     Place* places = reserve_places(scratch_.inner_lists, n_inner);
     for (int i = 0; i < n_inner; ++i) places[i] = {i * plane, layers_.inner.filters[i]};
     parallel(layers_.outer.n_threads, n_bands(), [&](const Share& share) {
-      float* memory = scratch_.window[share.thread].reserve(n_inner * plane + kTileVectors * kLanes);
+      float* memory = scratch_.window[share.thread].reserve(n_inner * plane + kTileFloats);
       for (int band = share.begin; band < share.end; ++band) {
         const Rows rows = rows_of(band);
         if (rows.v0 < rows.v1) run_band(rows, memory, places, plane, share.is_first && band == share.begin, share);

@@ -174,8 +174,7 @@ struct TileProgress {
   Stream ahead;
 };
 
-// How many channels a tile computes between two looks at what to fetch meanwhile; with AVX2, looking takes nearly as
-// long as half a channel.
+// How many channels a tile computes between two looks at what to fetch meanwhile; looking takes instructions, too.
 constexpr int kChannelsAtOnce = 8;
 
 // How many channels are computed between two checks for the end. Where another thread shares the core, it takes every

@@ -71,7 +71,7 @@ static void slide(const Window& window, const WindowCall& call, Scratch& scratch
   in_place ? place_in_plane(taps, window.in) : place_in_phases(taps, window.out);
   const float outside = window.kind == WindowKind::kMax ? -std::numeric_limits<float>::infinity() : 0.0f;
   parallel(call.n_threads, call.n_channels, [&](const Share& share) {
-    float* gathered = in_place ? nullptr : scratch.window[share.thread].reserve(taps.channel() + kTileVectors * kLanes);
+    float* gathered = in_place ? nullptr : scratch.window[share.thread].reserve(taps.channel() + kTileFloats);
     for (int i = share.begin; i < share.end; ++i) {
       const int channel = call.channels[i];
       const float* plane = call.in + channel * window.in.plane + window.in.origin;
