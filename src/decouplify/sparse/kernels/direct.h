@@ -97,43 +97,34 @@ struct FilterGroup {
 DECOUPLIFY_INLINE bool can_copy(const TileInput& in) { return kLanes <= 8 && in.n_taps == 1; }
 
 // What the tiles at hand read, side by side: in their planes, inputs of many channels fight for the sets of the
-// first-level cache, nothing foresees the way from one to the next, and to find each takes instructions.
+// first-level cache, nothing foresees the way from one to the next, and to find each takes instructions. The first
+// filters that meet a tile read it from the planes and copy it as they go, so that products hide what loads wait for.
 class CopiedTiles {
  public:
   // Without a buffer nothing is copied.
-  CopiedTiles(const TileInput& in, int n_tiles, Buffer* buffer) : in_(&in), copy_(in) {
-    if (buffer == nullptr) return;
-    x_ = buffer->reserve(1 + int64_t{n_tiles} * in.n_channels * kTileFloats);  // there may be no channel
-    copy_.n_taps = kSideBySide;
+  CopiedTiles(const TileInput& in, int n_tiles, Buffer* buffer) : in_(&in) {
+    if (buffer != nullptr) x_ = buffer->reserve(1 + n_tiles * tile());  // there may be no channel
   }
 
-  // Copies tiles 0 to n_tiles; start(i) is the position where tile i begins, and the one before it ends. Channel after
-  // channel, for a plane is read best in order.
-  template <class Start>
-  void copy(int n_tiles, const Start& start) const {
-    if (x_ == nullptr) return;
-    for (int c = 0; c < in_->n_channels; ++c) {
-      const float* plane = in_->x + in_->place[c].offset + in_->tap[0];
-      for (int i = 0; i < n_tiles; ++i) {
-        const int64_t first = start(i);
-        copy_vectors(plane + first, tile(i) + int64_t{c} * kTileFloats, static_cast<int>(start(i + 1) - first) / kLanes);
-      }
-    }
-  }
-  TileInput of(int index, int64_t first) const {
-    if (x_ == nullptr) return *in_;
-    TileInput found = copy_;
-    found.x = tile(index) - first;
+  // What is read by tile `index`, which begins at position `first`: copies, or planes to be copied.
+  TileInput of(int index, int64_t first, bool are_copied) const {
+    TileInput found = *in_;
+    if (x_ == nullptr) return found;
+    float* copy = x_ + index * tile() - first;
+    are_copied ? void(found.x = copy) : void(found.copy = copy);
+    found.n_taps = are_copied ? kSideBySide : kCopies;
     return found;
   }
-  // From x of one tile to that of the next, where each begins kTileFloats after the one before.
-  int64_t step() const { return x_ == nullptr ? 0 : (int64_t{in_->n_channels} - 1) * kTileFloats; }
+  // From a tile to the one that begins kTileFloats after it.
+  void advance(TileInput& in) const {
+    if (in.n_taps == kSideBySide) in.x += tile() - kTileFloats;
+    if (in.n_taps == kCopies) in.copy += tile() - kTileFloats;
+  }
 
  private:
-  float* tile(int index) const { return x_ + int64_t{index} * in_->n_channels * kTileFloats; }
+  int64_t tile() const { return int64_t{in_->n_channels} * kTileFloats; }
 
   const TileInput* in_;
-  TileInput copy_;
   float* x_ = nullptr;
 };
 
@@ -191,14 +182,15 @@ struct DirectJob {
   // Groups [g0, g1), the first of which is `groups`, on some tiles.
   struct Tiles {
     int n;
-    TileInput in[kMostTilesAtOnce];
+    TileInput in[kMostTilesAtOnce], first_in[kMostTilesAtOnce];  // the latter of the first group
     int v[kMostTilesAtOnce + 1];  // where each begins
     bool are_first;               // that meet the weights
   };
   void run(const Tiles& tiles, const FilterGroup* groups, int g0, int g1) const {
     for (int g = g0; g < g1; ++g) {
       for (int i = 0; i < tiles.n; ++i) {
-        run(tiles.in[i], groups[g - g0], g, tiles.v[i], tiles.v[i + 1], tiles.are_first && i == 0);
+        const TileInput& in = g == g0 ? tiles.first_in[i] : tiles.in[i];
+        run(in, groups[g - g0], g, tiles.v[i], tiles.v[i + 1], tiles.are_first && i == 0);
       }
     }
   }
@@ -217,9 +209,11 @@ struct DirectJob {
         tiles.n = smaller(n_at_once, part.tile1 - tile);
         tiles.are_first = part.fetches && tile == part.tile0;
         for (int i = 0; i <= tiles.n; ++i) tiles.v[i] = tile_start(tile + i);
-        const auto start = [&](int i) { return int64_t{tiles.v[i]} * kLanes; };
-        copy.copy(tiles.n, start);
-        for (int i = 0; i < tiles.n; ++i) tiles.in[i] = copy.of(i, start(i));
+        for (int i = 0; i < tiles.n; ++i) {
+          const int64_t first = int64_t{tiles.v[i]} * kLanes;
+          tiles.first_in[i] = copy.of(i, first, false);
+          tiles.in[i] = copy.of(i, first, true);
+        }
         run(tiles, groups, begin, end);
       }
     }
@@ -236,6 +230,18 @@ struct DirectJob {
   }
 };
 
+// All phases of every channel of the call, for planes like `out`.
+static void gather_channels(const Convolution& conv, const ConvolutionCall& call, const Taps& taps, const Geometry& out,
+                            float* to) {
+  const auto plane_of = [&](int i) { return call.in + call.channels[i] * conv.in.plane + conv.in.origin; };
+  parallel(call.n_threads, call.n_channels, [&](const Share& share) {
+    for (int i = share.begin; i < share.end; ++i) {
+      const float* next = plane_of(i + 1 < share.end ? i + 1 : i);
+      gather_channel(plane_of(i), next, taps, conv.in, out, to + i * taps.channel(), 0.0f);
+    }
+  });
+}
+
 // Where each channel of the call is found: in its own plane, or gathered.
 static const float* place_channels(const Convolution& conv, const ConvolutionCall& call, Taps& taps, Place* places,
                                    Scratch& scratch) {
@@ -246,12 +252,7 @@ static const float* place_channels(const Convolution& conv, const ConvolutionCal
   }
   place_in_phases(taps, conv.out);
   float* gathered = scratch.gathered.reserve(taps.channel() * call.n_channels + kTileFloats);
-  parallel(call.n_threads, call.n_channels, [&](const Share& share) {
-    for (int i = share.begin; i < share.end; ++i) {
-      const float* plane = call.in + call.channels[i] * conv.in.plane + conv.in.origin;
-      gather_channel(plane, taps, conv.in, conv.out, gathered + i * taps.channel(), 0.0f);
-    }
-  });
+  gather_channels(conv, call, taps, conv.out, gathered);
   for (int i = 0; i < call.n_channels; ++i) places[i].offset = i * taps.channel();
   return gathered;
 }
@@ -263,7 +264,12 @@ DECOUPLIFY_INLINE int position_of(const int32_t* list, int n, int from, int boun
 }
 
 static Place* reserve_places(Buffer& buffer, int n) {
-  return reinterpret_cast<Place*>(buffer.reserve(size_t(n) * (sizeof(Place) / sizeof(float))));
+  return reinterpret_cast<Place*>(buffer.reserve(size_t(n + kChannelsAhead) * (sizeof(Place) / sizeof(float))));
+}
+
+// After the last of n channels come the first ones again, a tile further on.
+static void add_places_ahead(Place* places, int n) {
+  for (int i = n; n > 0 && i < n + kChannelsAhead; ++i) places[i] = {places[i - n].offset + kTileFloats, 0};
 }
 
 // What every tile of a convolution reads; `taps` holds the offsets of the taps.
@@ -272,6 +278,7 @@ static TileInput tile_input(const Convolution& conv, const ConvolutionCall& call
   const float* x = place_channels(conv, call, taps, places, scratch);
   const int channels_per_group = conv.n_channels / conv.groups;
   for (int i = 0; i < call.n_channels; ++i) places[i].column = call.channels[i] % channels_per_group * taps.n;
+  add_places_ahead(places, call.n_channels);
   return {x, places, call.n_channels, taps.offset, taps.n};
 }
 

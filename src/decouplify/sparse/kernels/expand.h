@@ -97,8 +97,6 @@ struct ExpandJob {
   struct Span {
     int64_t start;
     int n_vectors;
-    int n_tiles() const { return divide_up(n_vectors, kTileVectors); }
-    int64_t first(int tile) const { return start + int64_t{smaller(tile * kTileVectors, n_vectors)} * kLanes; }
   };
   Span span_of(const Band& band) const {
     const int64_t start = whole_lines(int64_t{band.first_pixel_row()} * window.in.row);
@@ -108,15 +106,15 @@ struct ExpandJob {
   // The input under these rows of the output.
   CopiedTiles tiles_under(const Rows& rows, int thread) const {
     const bool copies = packed == nullptr && can_copy(input) && n_groups() >= 4;
-    const Span span = span_of(band_under(rows, nullptr));
-    const CopiedTiles tiles(input, span.n_tiles(), copies ? &scratch.transformed[thread] : nullptr);
-    tiles.copy(span.n_tiles(), [&](int i) { return span.first(i); });
-    return tiles;
+    const int n_tiles = divide_up(span_of(band_under(rows, nullptr)).n_vectors, kTileVectors);
+    return {input, n_tiles, copies ? &scratch.transformed[thread] : nullptr};
   }
 
-  // Both convolutions for filters [n0, n1) of the list; output_of(i) says where those of filter i go.
+  // Both convolutions for filters [n0, n1) of the list; output_of(i) says where those of filter i go. are_copied: whether
+  // other filters met the tiles before.
   template <class OutputOf>
-  void run(const Rows& rows, const CopiedTiles& tiles, int n0, int n1, int thread, OutputOf&& output_of) const {
+  void run(const Rows& rows, const CopiedTiles& tiles, bool are_copied, int n0, int n1, int thread,
+           OutputOf&& output_of) const {
     const Band sized = band_under(rows, nullptr);
     const int64_t n_floats = Band::filter_floats(window.in, sized.last() - sized.first()) * (n1 - n0);
     const Band band = band_under(rows, scratch.products[thread].reserve(n_floats + kTileFloats));
@@ -124,14 +122,14 @@ struct ExpandJob {
     if (n_output * (n1 - n0) <= kFetchedFloats) {
       for (int i = n0; i < n1; ++i) fetch_to_write(output_of(i).out + rows.first * window.out.row, n_output);
     }
-    packed == nullptr ? fill(band, tiles, n0, n1) : fill_packed(band, n0, n1);
+    packed == nullptr ? fill(band, tiles, are_copied, n0, n1) : fill_packed(band, n0, n1);
     for (int i = n0; i < n1; ++i) {
       band.clear_outside(i - n0);
       slide_filter(band, band.origin(i - n0), i, rows, output_of(i), thread);
     }
   }
 
-  void fill(const Band& band, const CopiedTiles& tiles, int n0, int n1) const {
+  void fill(const Band& band, const CopiedTiles& tiles, bool are_copied, int n0, int n1) const {
     TileOutput to[kTileFilters] = {};
     for (int i = n0; i < n1; ++i) {
       const int filter = call.filters[i];
@@ -141,11 +139,11 @@ struct ExpandJob {
       o.bias = expand.bias[filter];
     }
     const Span span = span_of(band);
-    TileInput in = tiles.of(0, span.start);
+    TileInput in = tiles.of(0, span.start, are_copied);
     const TileFunction whole = tile_for(in.n_taps, false, n1 - n0, kTileVectors);
     TileAt tile{span.start, false, true, nothing_ahead(in.x)};
     int v = 0;
-    for (; v + kTileVectors <= span.n_vectors; v += kTileVectors, tile.first += kTileFloats, in.x += tiles.step()) {
+    for (; v + kTileVectors <= span.n_vectors; v += kTileVectors, tile.first += kTileFloats, tiles.advance(in)) {
       whole(in, to, tile, window.in.mask, expand.activation);
     }
     if (v == span.n_vectors) return;
@@ -229,8 +227,9 @@ static void expand_and_slide(const Convolution& expand, const Window& window, co
         const int group = index % n_groups;
         const int n0 = part(call.n_filters, n_groups, group), n1 = part(call.n_filters, n_groups, group + 1);
         const Rows rows = job.rows_of(index / n_groups);
-        if (group == 0 || index == share.begin) tiles = job.tiles_under(rows, share.thread);
-        job.run(rows, tiles, n0, n1, share.thread, [&](int i) {
+        const bool are_new = group == 0 || index == share.begin;
+        if (are_new) tiles = job.tiles_under(rows, share.thread);
+        job.run(rows, tiles, !are_new, n0, n1, share.thread, [&](int i) {
           const int filter = call.filters[i];
           TileOutput to{};
           to.out = call.out + filter * window.out.plane + window.out.origin;

@@ -105,9 +105,10 @@ DECOUPLIFY_INLINE void gather_both_phases(const float* in, int width, int first,
   for (int i = end_odd; i < n; ++i) odd[i] = fill;
 }
 
-// All phases of one channel; `plane` is the channel's first pixel.
-static void gather_channel(const float* plane, const Taps& taps, const Geometry& in, const Geometry& out, float* to,
-                           float fill) {
+// All phases of one channel; `plane` is the channel's first pixel, and `next` that of the channel to follow, which is
+// asked for meanwhile, or the same.
+static void gather_channel(const float* plane, const float* next, const Taps& taps, const Geometry& in,
+                           const Geometry& out, float* to, float fill) {
   const Axis &rows = taps.rows, &columns = taps.columns;
   const int first_row = rows.first() * rows.stride, n_rows = out.height + rows.last() - rows.first();
   const int first_column = columns.first() * columns.stride, n_phases = columns.n_phases();
@@ -117,6 +118,7 @@ static void gather_channel(const float* plane, const Taps& taps, const Geometry&
       const bool exists = y >= 0 && y < in.height;
       const float* from = exists ? plane + int64_t{y} * in.row : plane;
       float* row = to + int64_t{i} * out.row;
+      if (exists && next != plane) fetch_to_read(next + int64_t{y} * in.row, in.width);
       if (n_phases == 2) {
         gather_both_phases(from, exists ? in.width : 0, first_column, row, row + taps.plane, out.row, fill);
         continue;

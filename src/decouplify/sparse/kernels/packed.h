@@ -23,12 +23,22 @@ static int n_rest_pixels(int n_pixels, int n_rows, int64_t n_weights) {
   return n_pixels > kLanes && n * (n_weights / kLanes + kAcross) < n_rows ? n : 0;
 }
 
+// Copies what a tile of n vectors reads of one channel.
+DECOUPLIFY_INLINE void copy_vectors(const float* from, float* to, int n) {
+  if (n == kTileVectors) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) store(to + v * kLanes, load(from + v * kLanes));
+  } else {
+    for (int v = 0; v < n; ++v) store(to + v * kLanes, load(from + v * kLanes));
+  }
+}
+
 // What a convolution reads of its inputs, as a matrix of rows (channel and tap) times pixels.
 class PackedInput {
  public:
   PackedInput(const Convolution& conv, const ConvolutionCall& call, Scratch& scratch)
       : conv_(conv), call_(call), scratch_(scratch), taps_(taps_of(conv)), in_place_(reads_in_place(conv)) {
-    if (in_place_) place_in_plane(taps_, conv.in);
+    in_place_ ? place_in_plane(taps_, conv.in) : place_in_phases(taps_, conv.out);
     n_rest_ = n_rest_pixels(n_pixels(), n_rows(), n_weights());
     const int64_t n_packed = int64_t{n_rows()} * n_vectors() * kLanes;
     x_ = scratch.gathered.reserve(n_packed + n_rest_ * n_weights());
@@ -93,35 +103,37 @@ class PackedInput {
   void pack() const {
     if (n_rest_ > 0) memset(rest_, 0, n_rest_ * n_weights() * sizeof(float));
     parallel(call_.n_threads, call_.n_channels, [&](const Share& share) {
-      float* pixels = scratch_.window[share.thread].reserve(n_pixels() + 4 * kLanes);
+      const int64_t n_phases = in_place_ ? 0 : taps_.channel() + kTileFloats;
+      float* pixels = scratch_.window[share.thread].reserve(n_pixels() + 4 * kLanes + n_phases);
+      float* phases = pixels + n_pixels() + 4 * kLanes;
+      const int64_t n_floats = flat_size(conv_.in);
+      const int n_ahead = planes_ahead(n_floats);
       for (int i = share.begin; i < share.end; ++i) {
-        for (int t = 0; t < taps_.n; ++t) pack_row(call_.channels[i], t, i * taps_.n + t, pixels);
+        const float* plane = plane_of(call_.channels[i]);
+        if (in_place_ && i + n_ahead < share.end) fetch_to_read(plane_of(call_.channels[i + n_ahead]), n_floats);
+        if (!in_place_) {
+          const float* next = plane_of(call_.channels[i + 1 < share.end ? i + 1 : i]);
+          gather_channel(plane, next, taps_, conv_.in, conv_.out, phases, 0.0f);
+          plane = phases;
+        }
+        for (int t = 0; t < taps_.n; ++t) {
+          compact(plane + taps_.offset[t], conv_.out, pixels);
+          pack_row(pixels, i * taps_.n + t, call_.channels[i] * taps_.n + t);
+        }
       }
     });
   }
 
-  void pack_row(int channel, int tap, int row, float* pixels) const {
-    const float* plane = call_.in + channel * conv_.in.plane + conv_.in.origin;
-    in_place_ ? compact(plane + taps_.offset[tap], conv_.out, pixels) : gather_pixels(plane, tap, pixels);
-    const int column = channel * taps_.n + tap;
+  const float* plane_of(int channel) const { return call_.in + channel * conv_.in.plane + conv_.in.origin; }
+
+  // The pixels of one channel and tap, whose weights are at `column` in each filter.
+  void pack_row(const float* pixels, int row, int column) const {
     columns_[row] = column;
     for (int i = 0; i < n_rest_; ++i) rest_[i * n_weights() + column] = pixels[n_pixels() - n_rest_ + i];
     for (int tile = 0; tile < n_tiles(); ++tile) {
       const int v0 = tile_start(tile), n = tile_start(tile + 1) - v0;
       float* to = x_ + (int64_t{v0} * n_rows() + int64_t{row} * n) * kLanes;
       copy_vectors(pixels + v0 * kLanes, to, n);
-    }
-  }
-
-  void gather_pixels(const float* plane, int tap, float* pixels) const {
-    const Geometry &in = conv_.in, &out = conv_.out;
-    const int first_row = taps_.rows.reach(tap / taps_.columns.kernel);
-    const int first_column = taps_.columns.reach(tap % taps_.columns.kernel);
-    for (int y = 0; y < out.height; ++y) {
-      const int from = first_row + y * taps_.rows.stride;
-      const bool exists = from >= 0 && from < in.height;
-      gather_row(exists ? plane + int64_t{from} * in.row : plane, exists ? in.width : 0, first_column,
-                 taps_.columns.stride, pixels + y * out.width, out.width, 0.0f);
     }
   }
 

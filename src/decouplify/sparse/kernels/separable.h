@@ -32,6 +32,7 @@ class SeparableJob {
     const int64_t plane = band_plane();
     Place* places = reserve_places(scratch_.inner_lists, n_inner);
     for (int i = 0; i < n_inner; ++i) places[i] = {i * plane, layers_.inner.filters[i]};
+    add_places_ahead(places, n_inner);
     parallel(layers_.outer.n_threads, n_bands(), [&](const Share& share) {
       float* memory = scratch_.window[share.thread].reserve(n_inner * plane + kTileFloats);
       for (int band = share.begin; band < share.end; ++band) {
@@ -85,7 +86,8 @@ class SeparableJob {
     const int n_groups = expand_.n_groups(), n = layers_.inner.n_filters;
     const CopiedTiles tiles = expand_.tiles_under(rows, share.thread);
     for (int group = 0; group < n_groups; ++group) {
-      expand_.run(rows, tiles, part(n, n_groups, group), part(n, n_groups, group + 1), share.thread, [&](int i) {
+      const int n0 = part(n, n_groups, group), n1 = part(n, n_groups, group + 1);
+      expand_.run(rows, tiles, group > 0, n0, n1, share.thread, [&](int i) {
         TileOutput to{};
         to.out = origin + i * plane;
         to.bias = layers_.window.bias[layers_.inner.filters[i]];

@@ -102,30 +102,31 @@ DECOUPLIFY_INLINE void fetch_to_write(const float* first, int64_t n_floats) {
   for (int64_t i = 0; i < n_floats; i += kFloatsPerLine) __builtin_prefetch(first + i, 1);
 }
 
-// Where the inputs of a channel are, and where its weights start in a filter's row.
+// Nothing foresees the way from plane to plane. How many channels before its own turn a plane of n floats is asked for:
+// as far as loads wait for other memory.
+DECOUPLIFY_INLINE int planes_ahead(int64_t n_floats) { return 1 + static_cast<int>(512 / (n_floats + 1)); }
+DECOUPLIFY_INLINE void fetch_to_read(const float* first, int64_t n_floats) {
+  for (int64_t i = 0; i < n_floats; i += kFloatsPerLine) __builtin_prefetch(first + i);
+}
+
+// Where the inputs of a channel are, and where its weights start in a filter's row. Behind the last channel of a list
+// come kChannelsAhead more places, whose inputs will be wanted after its own.
 struct Place {
   int64_t offset, column;
 };
-
-// Copies what a tile of n vectors reads of one channel.
-DECOUPLIFY_INLINE void copy_vectors(const float* from, float* to, int n) {
-  if (n == kTileVectors) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) store(to + v * kLanes, load(from + v * kLanes));
-  } else {
-    for (int v = 0; v < n; ++v) store(to + v * kLanes, load(from + v * kLanes));
-  }
-}
+constexpr int kChannelsAhead = 32;
 
 // What all tiles read, at position 0: x + place[c].offset + tap[t] is the first input of channel c. Inputs of one tap may
-// lie side by side instead, those of channel c at x + c * kTileFloats; then n_taps is kSideBySide.
-constexpr int kSideBySide = -1, kTileFloats = kTileVectors * kLanes;
+// lie side by side instead, those of channel c at x + c * kTileFloats; then n_taps is kSideBySide. Where it is kCopies, a
+// tile puts what it reads side by side for others, at `copy`.
+constexpr int kSideBySide = -1, kCopies = -2, kTileFloats = kTileVectors * kLanes;
 struct TileInput {
   const float* x;
   const Place* place;
   int n_channels;
   const int64_t* tap;
   int n_taps;
+  float* copy = nullptr;
 };
 
 // The positions of one tile.
@@ -227,7 +228,7 @@ struct RowsAhead {
 };
 
 template <int TAPS>
-constexpr bool kIsPointwise = TAPS == 1 || TAPS == kSideBySide;
+constexpr bool kIsPointwise = TAPS == 1 || TAPS == kSideBySide || TAPS == kCopies;
 
 // acc[filter][vector] += the products of channels up to `end`. FETCH: see TileAt::fetches; it takes time, which only
 // weights that are not in the cache are worth.
@@ -243,9 +244,10 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) next_rows.row[n] = to[n].next_weight;
   }
-  const int n_taps = TAPS == kSideBySide ? 1 : TAPS > 0 ? TAPS : in.n_taps;
-  const float* first = in.x + at;
+  const int n_taps = kIsPointwise<TAPS> ? 1 : TAPS > 0 ? TAPS : in.n_taps;
+  const float* first = in.x + at + (TAPS == 1 || TAPS == kCopies ? in.tap[0] : 0);
   const float* next = first + int64_t{progress.channel} * kTileFloats;
+  float* copy = TAPS == kCopies ? in.copy + at + int64_t{progress.channel} * kTileFloats : nullptr;
   Stream ahead = progress.ahead;
   const Place* place = in.place + progress.channel;
   const Place* const last = in.place + end;
@@ -259,13 +261,23 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
 #pragma GCC unroll 8
       for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + following);
     }
+    if (TAPS == kCopies) {
+      // Nor those from plane to plane. What a tile of vectors reads lies in no more lines than these.
+      const float* soon = first + here[kChannelsAhead].offset;
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v += kVectorsPerLine) __builtin_prefetch(soon + v * kLanes);
+    }
 #pragma GCC unroll 9
     for (int t = 0; t < n_taps; ++t) {
-      const float* x = TAPS == kSideBySide ? x0 : x0 + in.tap[t];
-      if (TAPS == 1) hide(x);
+      const float* x = kIsPointwise<TAPS> ? x0 : x0 + in.tap[t];
+      if (TAPS == 1 || TAPS == kCopies) hide(x);
       Vec value[NV];
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) value[v] = load(x + v * kLanes);
+      if (TAPS == kCopies) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) store(copy + i * kTileFloats + v * kLanes, value[v]);
+      }
 #pragma GCC unroll 8
       for (int n = 0; n < NB; ++n) {
         const Vec w = splat(weight[n][column + t]);
@@ -276,7 +288,7 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   };
   const auto add_next = [&](auto n) DECOUPLIFY_INLINE_LAMBDA {
     for_each_below(n, add_one);
-    place += n, next += n * kTileFloats;
+    place += n, next += n * kTileFloats, copy += n * kTileFloats;
   };
   while (FETCH && last - place >= kChannelsAtOnce) {
     next_rows.fetch();
@@ -303,7 +315,7 @@ __attribute__((noinline)) static void add_part(const TileInput& in, const TileOu
   }
 }
 
-// TAPS is the number of taps per channel, 0 for a number known at run time only, or kSideBySide.
+// TAPS is the number of taps per channel, 0 for a number known at run time only, or kSideBySide or kCopies.
 template <int TAPS, bool FETCH, int NB, int NV>
 static void run_tile(const TileInput& in, const TileOutput* to, const TileAt& tile, const int32_t* mask,
                      const Activation& activation) {
@@ -363,6 +375,8 @@ static TileFunction tile_for(int n_taps, bool fetches, int n_filters, int n_vect
   using Filters = std::make_integer_sequence<int, kTileFilters>;
   if (n_taps == kSideBySide && fetches) return tile_for<kSideBySide, true>(n_filters, n_vectors, Filters{});
   if (n_taps == kSideBySide) return tile_for<kSideBySide, false>(n_filters, n_vectors, Filters{});
+  if (n_taps == kCopies && fetches) return tile_for<kCopies, true>(n_filters, n_vectors, Filters{});
+  if (n_taps == kCopies) return tile_for<kCopies, false>(n_filters, n_vectors, Filters{});
   if (n_taps == 1 && fetches) return tile_for<1, true>(n_filters, n_vectors, Filters{});
   if (n_taps == 1) return tile_for<1, false>(n_filters, n_vectors, Filters{});
   if (n_taps == 9) return tile_for<9, false>(n_filters, n_vectors, Filters{});

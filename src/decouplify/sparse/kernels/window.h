@@ -76,7 +76,7 @@ static void slide(const Window& window, const WindowCall& call, Scratch& scratch
       const int channel = call.channels[i];
       const float* plane = call.in + channel * window.in.plane + window.in.origin;
       const bool exists = call.live[channel];
-      if (exists && !in_place) gather_channel(plane, taps, window.in, window.out, gathered, outside);
+      if (exists && !in_place) gather_channel(plane, plane, taps, window.in, window.out, gathered, outside);
       alignas(64) float partial[kLanes] = {};
       const WindowInput in{in_place ? plane : gathered, taps.offset, exists ? taps.n : 0,
                            is_depthwise ? window.weight + int64_t{channel} * taps.n : nullptr};

@@ -402,12 +402,7 @@ static Sources strided_sources(const Convolution& conv, const ConvolutionCall& c
   out.height = divide_up(out.height, 4) * 4;  // tiles read as far, and what they read must be finite
   place_in_phases(taps, out);
   float* gathered = scratch.gathered.reserve(taps.channel() * call.n_channels + 8 * out.row + 4 * kLanes);
-  parallel(call.n_threads, call.n_channels, [&](const Share& share) {
-    for (int i = share.begin; i < share.end; ++i) {
-      const float* plane = call.in + call.channels[i] * conv.in.plane + conv.in.origin;
-      gather_channel(plane, taps, conv.in, out, gathered + i * taps.channel(), 0.0f);
-    }
-  });
+  gather_channels(conv, call, taps, out, gathered);
   Sources sources = new_sources(call.n_channels * 4, scratch);
   sources.row = out.row, sources.n_columns = conv.n_channels * 4;
   for (int i = 0; i < sources.n; ++i) {
