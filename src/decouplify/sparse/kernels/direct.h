@@ -94,7 +94,7 @@ struct FilterGroup {
 };
 
 // Whether tiles may copy what they read, where their vectors are short enough for that to be a small part of them.
-DECOUPLIFY_INLINE bool can_copy(const TileInput& in) { return kLanes <= 8 && in.n_taps == 1; }
+DECOUPLIFY_INLINE bool can_copy(const TileInput& in) { return kTapsAreChannels && in.n_taps == 1; }
 
 // What the tiles at hand read, side by side: in their planes, inputs of many channels fight for the sets of the
 // first-level cache, nothing foresees the way from one to the next, and to find each takes instructions. The first
@@ -272,14 +272,22 @@ static void add_places_ahead(Place* places, int n) {
   for (int i = n; n > 0 && i < n + kChannelsAhead; ++i) places[i] = {places[i - n].offset + kTileFloats, 0};
 }
 
+static int rows_per_channel(const Taps& taps) { return kTapsAreChannels ? taps.n : 1; }
+
 // What every tile of a convolution reads; `taps` holds the offsets of the taps.
 static TileInput tile_input(const Convolution& conv, const ConvolutionCall& call, Taps& taps, Scratch& scratch) {
-  Place* places = reserve_places(scratch.lists, call.n_channels);
+  const int n_rows = rows_per_channel(taps), n = call.n_channels * n_rows;
+  Place* places = reserve_places(scratch.lists, n);
   const float* x = place_channels(conv, call, taps, places, scratch);
   const int channels_per_group = conv.n_channels / conv.groups;
-  for (int i = 0; i < call.n_channels; ++i) places[i].column = call.channels[i] % channels_per_group * taps.n;
-  add_places_ahead(places, call.n_channels);
-  return {x, places, call.n_channels, taps.offset, taps.n};
+  for (int i = call.n_channels - 1; i >= 0; --i) {  // from behind, for a channel's rows take the places of others
+    const int64_t offset = places[i].offset, column = call.channels[i] % channels_per_group * taps.n;
+    for (int t = n_rows - 1; t >= 0; --t) places[i * n_rows + t] = {offset + (n_rows > 1 ? taps.offset[t] : 0), column + t};
+  }
+  add_places_ahead(places, n);
+  static constexpr int64_t kNoOffset[1] = {0};
+  if (n_rows > 1) return {x, places, n, kNoOffset, 1};
+  return {x, places, n, taps.offset, taps.n};
 }
 
 static int n_vectors(const Geometry& g) { return divide_up((g.height - 1) * g.row + g.width, kLanes); }
@@ -294,8 +302,8 @@ static void convolve_direct(const Convolution& conv, const ConvolutionCall& call
     const int c1 = position_of(call.channels, call.n_channels, c, (group + 1) * channels_per_group);
     const int f1 = position_of(call.filters, call.n_filters, f, (group + 1) * filters_per_group);
     TileInput of_group = input;
-    of_group.place += c;
-    of_group.n_channels = c1 - c;
+    of_group.place += c * rows_per_channel(taps);
+    of_group.n_channels = (c1 - c) * rows_per_channel(taps);
     DirectJob{conv, call, sums, of_group, f, f1 - f, 0, n_vectors(conv.out), scratch}.run_all();
     c = c1;
     f = f1;

@@ -134,7 +134,7 @@ struct ExpandJob {
     for (int i = n0; i < n1; ++i) {
       const int filter = call.filters[i];
       TileOutput& o = to[i - n0];
-      o.weight = o.next_weight = expand.weight + int64_t{filter} * expand.n_channels * input.n_taps;
+      o.weight = o.next_weight = expand.weight + int64_t{filter} * expand.n_channels * expand.kernel[0] * expand.kernel[1];
       o.out = band.origin(i - n0);
       o.bias = expand.bias[filter];
     }

@@ -116,6 +116,10 @@ struct Place {
 };
 constexpr int kChannelsAhead = 32;
 
+// With short vectors, every tap of a channel counts as a channel of a 1x1 convolution: what tiles copy is then side by
+// side, which is worth more than what the offsets of taps have in common.
+constexpr bool kTapsAreChannels = kLanes <= 8;
+
 // What all tiles read, at position 0: x + place[c].offset + tap[t] is the first input of channel c. Inputs of one tap may
 // lie side by side instead, those of channel c at x + c * kTileFloats; then n_taps is kSideBySide. Where it is kCopies, a
 // tile puts what it reads side by side for others, at `copy`.
@@ -378,9 +382,11 @@ static TileFunction tile_for(int n_taps, bool fetches, int n_filters, int n_vect
   if (n_taps == kCopies && fetches) return tile_for<kCopies, true>(n_filters, n_vectors, Filters{});
   if (n_taps == kCopies) return tile_for<kCopies, false>(n_filters, n_vectors, Filters{});
   if (n_taps == 1 && fetches) return tile_for<1, true>(n_filters, n_vectors, Filters{});
-  if (n_taps == 1) return tile_for<1, false>(n_filters, n_vectors, Filters{});
-  if (n_taps == 9) return tile_for<9, false>(n_filters, n_vectors, Filters{});
-  return tile_for<0, false>(n_filters, n_vectors, Filters{});
+  if constexpr (!kTapsAreChannels) {
+    if (n_taps == 9) return tile_for<9, false>(n_filters, n_vectors, Filters{});
+    if (n_taps > 1) return tile_for<0, false>(n_filters, n_vectors, Filters{});
+  }
+  return tile_for<1, false>(n_filters, n_vectors, Filters{});
 }
 
 }  // namespace decouplify::DECOUPLIFY_ISA
