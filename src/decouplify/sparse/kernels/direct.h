@@ -234,10 +234,13 @@ struct DirectJob {
 static void gather_channels(const Convolution& conv, const ConvolutionCall& call, const Taps& taps, const Geometry& out,
                             float* to) {
   const auto plane_of = [&](int i) { return call.in + call.channels[i] * conv.in.plane + conv.in.origin; };
-  parallel(call.n_threads, call.n_channels, [&](const Share& share) {
-    for (int i = share.begin; i < share.end; ++i) {
-      const float* next = plane_of(i + 1 < share.end ? i + 1 : i);
-      gather_channel(plane_of(i), next, taps, conv.in, out, to + i * taps.channel(), 0.0f);
+  // Images have three channels, which two threads could not share well.
+  const int n_phases = taps.rows.n_phases();
+  parallel(call.n_threads, call.n_channels * n_phases, [&](const Share& share) {
+    for (int index = share.begin; index < share.end; ++index) {
+      const int i = index / n_phases;
+      const float* next = plane_of(index + n_phases < share.end ? i + 1 : i);
+      gather_phase(plane_of(i), next, taps, index % n_phases, conv.in, out, to + i * taps.channel(), 0.0f);
     }
   });
 }

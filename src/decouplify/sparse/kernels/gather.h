@@ -105,29 +105,33 @@ DECOUPLIFY_INLINE void gather_both_phases(const float* in, int width, int first,
   for (int i = end_odd; i < n; ++i) odd[i] = fill;
 }
 
-// All phases of one channel; `plane` is the channel's first pixel, and `next` that of the channel to follow, which is
-// asked for meanwhile, or the same.
-static void gather_channel(const float* plane, const float* next, const Taps& taps, const Geometry& in,
-                           const Geometry& out, float* to, float fill) {
+// The phases of one channel that begin in row `phase`. `plane` is the channel's first pixel, and `next` that of the
+// channel to follow, which is asked for meanwhile, or the same.
+static void gather_phase(const float* plane, const float* next, const Taps& taps, int phase, const Geometry& in,
+                         const Geometry& out, float* to, float fill) {
   const Axis &rows = taps.rows, &columns = taps.columns;
   const int first_row = rows.first() * rows.stride, n_rows = out.height + rows.last() - rows.first();
   const int first_column = columns.first() * columns.stride, n_phases = columns.n_phases();
-  for (int a = 0; a < rows.n_phases(); ++a, to += n_phases * taps.plane) {
-    for (int i = 0; i < n_rows; ++i) {
-      const int y = first_row + i * rows.stride + a;
-      const bool exists = y >= 0 && y < in.height;
-      const float* from = exists ? plane + int64_t{y} * in.row : plane;
-      float* row = to + int64_t{i} * out.row;
-      if (exists && next != plane) fetch_to_read(next + int64_t{y} * in.row, in.width);
-      if (n_phases == 2) {
-        gather_both_phases(from, exists ? in.width : 0, first_column, row, row + taps.plane, out.row, fill);
-        continue;
-      }
-      for (int b = 0; b < n_phases; ++b) {
-        gather_row(from, exists ? in.width : 0, first_column + b, columns.stride, row + b * taps.plane, out.row, fill);
-      }
+  to += phase * n_phases * taps.plane;
+  for (int i = 0; i < n_rows; ++i) {
+    const int y = first_row + i * rows.stride + phase;
+    const bool exists = y >= 0 && y < in.height;
+    const float* from = exists ? plane + int64_t{y} * in.row : plane;
+    float* row = to + int64_t{i} * out.row;
+    if (exists && next != plane) fetch_to_read(next + int64_t{y} * in.row, in.width);
+    if (n_phases == 2) {
+      gather_both_phases(from, exists ? in.width : 0, first_column, row, row + taps.plane, out.row, fill);
+      continue;
+    }
+    for (int b = 0; b < n_phases; ++b) {
+      gather_row(from, exists ? in.width : 0, first_column + b, columns.stride, row + b * taps.plane, out.row, fill);
     }
   }
+}
+
+static void gather_channel(const float* plane, const float* next, const Taps& taps, const Geometry& in,
+                           const Geometry& out, float* to, float fill) {
+  for (int a = 0; a < taps.rows.n_phases(); ++a) gather_phase(plane, next, taps, a, in, out, to, fill);
 }
 
 }  // namespace decouplify::DECOUPLIFY_ISA
