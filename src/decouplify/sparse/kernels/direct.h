@@ -285,7 +285,9 @@ static TileInput tile_input(const Convolution& conv, const ConvolutionCall& call
   const int channels_per_group = conv.n_channels / conv.groups;
   for (int i = call.n_channels - 1; i >= 0; --i) {  // from behind, for a channel's rows take the places of others
     const int64_t offset = places[i].offset, column = call.channels[i] % channels_per_group * taps.n;
-    for (int t = n_rows - 1; t >= 0; --t) places[i * n_rows + t] = {offset + (n_rows > 1 ? taps.offset[t] : 0), column + t};
+    for (int t = n_rows - 1; t >= 0; --t) {
+      places[i * n_rows + t] = {offset + (n_rows > 1 ? taps.offset[t] : 0), column + t};
+    }
   }
   add_places_ahead(places, n);
   static constexpr int64_t kNoOffset[1] = {0};

@@ -134,7 +134,8 @@ struct ExpandJob {
     for (int i = n0; i < n1; ++i) {
       const int filter = call.filters[i];
       TileOutput& o = to[i - n0];
-      o.weight = o.next_weight = expand.weight + int64_t{filter} * expand.n_channels * expand.kernel[0] * expand.kernel[1];
+      const int64_t n_weights = int64_t{expand.n_channels} * expand.kernel[0] * expand.kernel[1];
+      o.weight = o.next_weight = expand.weight + filter * n_weights;
       o.out = band.origin(i - n0);
       o.bias = expand.bias[filter];
     }

@@ -102,8 +102,8 @@ DECOUPLIFY_INLINE void fetch_to_write(const float* first, int64_t n_floats) {
   for (int64_t i = 0; i < n_floats; i += kFloatsPerLine) __builtin_prefetch(first + i, 1);
 }
 
-// Nothing foresees the way from plane to plane. How many channels before its own turn a plane of n floats is asked for:
-// as far as loads wait for other memory.
+// Nothing foresees the way from plane to plane. How many channels before its own turn a plane of n floats is asked for,
+// which is some kilobytes ahead.
 DECOUPLIFY_INLINE int planes_ahead(int64_t n_floats) { return 1 + static_cast<int>(512 / (n_floats + 1)); }
 DECOUPLIFY_INLINE void fetch_to_read(const float* first, int64_t n_floats) {
   for (int64_t i = 0; i < n_floats; i += kFloatsPerLine) __builtin_prefetch(first + i);
@@ -266,7 +266,7 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
       for (int n = 0; n < NB; ++n) __builtin_prefetch(weight[n] + following);
     }
     if (TAPS == kCopies) {
-      // Nor those from plane to plane. What a tile of vectors reads lies in no more lines than these.
+      // Nor the way from plane to plane. The vectors of a tile lie in as many lines as are asked for.
       const float* soon = first + here[kChannelsAhead].offset;
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v += kVectorsPerLine) __builtin_prefetch(soon + v * kLanes);
@@ -292,7 +292,8 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   };
   const auto add_next = [&](auto n) DECOUPLIFY_INLINE_LAMBDA {
     for_each_below(n, add_one);
-    place += n, next += n * kTileFloats, copy += n * kTileFloats;
+    place += n, next += n * kTileFloats;
+    if (TAPS == kCopies) copy += n * kTileFloats;
   };
   while (FETCH && last - place >= kChannelsAtOnce) {
     next_rows.fetch();
