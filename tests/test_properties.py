@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,7 +85,19 @@ def test_masked_and_sparse_form_agree_and_cost_what_was_counted(spec: NetSpec) -
     assert sum(executed) == int(decouplify.count_macs(net, images).executed.sum())
 
 
+ONE_CHANNEL = Spec(kernel=1, stride=1, dilation=1, bias=False, norm="bn", act="gelu")
+# Behind closed gates, the sum of a depthwise and a full convolution that do not exist is the sigmoid of zero.
+SUM_OF_NOTHING = NetSpec(
+    1,
+    ((0, 1, ONE_CHANNEL), (0, 1, ONE_CHANNEL), (BLOCKS.index(MixedBranches), 3, replace(ONE_CHANNEL, act="sigmoid"))),
+    "linear",
+    7,
+    0,
+)
+
+
 @given(net_specs)
+@example(SUM_OF_NOTHING)
 def test_the_engine_agrees_with_the_masked_form(spec: NetSpec) -> None:
     net = wrapped(spec)
     randomise_gates(net, spec.seed)

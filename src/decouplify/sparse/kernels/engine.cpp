@@ -111,6 +111,12 @@ std::vector<float> constants_of(const decouplify_step& scale, int32_t n_channels
   return constants;
 }
 
+// Whether a sum of two channels that do not exist is zero after the activation, and need not exist either.
+bool keeps_zero(const decouplify::Activation& activation) {
+  if (activation.kind == decouplify::ActivationKind::kClamp) return activation.low <= 0 && activation.high >= 0;
+  return activation.kind != decouplify::ActivationKind::kSigmoid;
+}
+
 bool computes(int32_t kind) { return kind == kConvolution || kind == kExpand || kind == kWindow; }
 
 decouplify::Ahead ahead_of(const decouplify_plan& plan, size_t step) {
@@ -317,7 +323,8 @@ class Run {
     count(conv, live(s.input), filters);
     const bool adds = s.other >= 0;
     if (adds) add_closed(s, filters);
-    live(s.output).assign([&](int32_t c) { return filters.flags[c] || (adds && live(s.other).flags[c]); });
+    const bool all_exist = adds && !keeps_zero(s.activation);
+    live(s.output).assign([&](int32_t c) { return filters.flags[c] || all_exist || (adds && live(s.other).flags[c]); });
   }
 
   // What is the same at every pixel of a channel changes only the bias of a 1x1 convolution.
@@ -330,9 +337,12 @@ class Run {
     return workspace_.bias.data();
   }
 
-  // Where a filter is closed, the sum is the other operand.
+  // Where a filter is closed, the sum is the other operand; where that does not exist either, it is zero.
   void add_closed(const decouplify_step& s, const Channels& filters) const {
     const Channels& other = live(s.other);
+    for (int32_t c = 0; c < other.size() && !keeps_zero(s.activation); ++c) {
+      if (!filters.flags[c] && !other.flags[c]) set_sum(s.output, c, add_planes(s, nullptr, nullptr, c));
+    }
     const bool in_place = data(s.other) == data(s.output);
     for (int32_t i = 0; i < other.n; ++i) {
       const int32_t c = other.list[i];
@@ -428,13 +438,14 @@ class Run {
 
   void add(const decouplify_step& s) const {
     const Channels &a = live(s.input), &b = live(s.other);
+    const auto exists = [&](int32_t c) { return a.flags[c] || b.flags[c] || !keeps_zero(s.activation); };
     for (int32_t c = 0; c < a.size(); ++c) {
-      if (!a.flags[c] && !b.flags[c]) continue;
+      if (!exists(c)) continue;
       const float total = add_planes(s, a.flags[c] ? plane(s.input, c) : nullptr,
                                      b.flags[c] ? plane(s.other, c) : nullptr, c);
       set_sum(s.output, c, total);
     }
-    live(s.output).assign([&](int32_t c) { return a.flags[c] || b.flags[c]; });
+    live(s.output).assign(exists);
   }
 
   void scale(const decouplify_step& s) const {
