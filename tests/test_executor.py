@@ -674,10 +674,18 @@ class NormOfGated(nn.Module):
 
 
 @needs_engine
+@pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_constants_of_closed_channels_are_written_only_for_readers_that_cannot_add_them(kernel: int) -> None:
-    """Written out, as a convolution with a border needs them, they cost DenseNet as much as open channels."""
-    model = randomise_gates(decouplify.wrap(randomise_statistics(NormOfGated(kernel)), SIZE, reduction=1)).eval()
+def test_constants_of_closed_channels_are_written_only_for_readers_that_cannot_add_them(
+    kernel: int, shifted: bool
+) -> None:
+    """Written out, as a convolution with a border needs them, they cost DenseNet as much as open channels.
+
+    A norm without a shift, as a fresh one is, leaves zeros, of which the sigmoid makes a half.
+    """
+    network = NormOfGated(kernel)
+    model = randomise_gates(decouplify.wrap(randomise_statistics(network) if shifted else network, SIZE, reduction=1))
+    model.eval()
     fast, images = decouplify.sparsify(model), random_images(4)
     norms = [step for step in fast.program_for(SIZE).steps if step.kind is StepKind.SCALE]
     assert [step.leaves_constants for step in norms] == [kernel == 1]

@@ -13,8 +13,8 @@ __all__ = ["leave_constants"]
 def leave_constants(steps: list[Step]) -> None:
     """Mark the norms whose constants all readers add by themselves.
 
-    A norm of a channel that does not exist is its shift. Written out, as DenseNet's norms would be, closed channels
-    cost their readers as much as open ones.
+    A norm of a channel that does not exist is its shift, or what the activation makes of that. Written out, as
+    DenseNet's norms would be, closed channels cost their readers as much as open ones.
     """
     readers: dict[Map, list[Step]] = defaultdict(list)
     for step in steps:
@@ -26,7 +26,8 @@ def leave_constants(steps: list[Step]) -> None:
     for step in steps:
         if step.kind is StepKind.SCALE and step.output is not None:
             y = step.output
-            step.leaves_constants = bool(step.weights["bias"].any()) and all(_adds(r, y) for r in readers[y])
+            has_constants = bool(step.weights["bias"].any()) or not step.act.keeps_zero
+            step.leaves_constants = has_constants and all(_adds(r, y) for r in readers[y])
 
 
 def _adds(reader: Step, y: Map) -> bool:

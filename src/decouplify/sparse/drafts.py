@@ -34,6 +34,13 @@ class Act:
             return self.low, self.high
         return (0.0, 1.0) if self.kind is ActivationKind.SIGMOID else (-math.inf, math.inf)
 
+    @property
+    def keeps_zero(self) -> bool:
+        """Whether it maps 0 to 0."""
+        if self.kind is ActivationKind.CLAMP:
+            return self.low <= 0 <= self.high
+        return self.kind is not ActivationKind.SIGMOID
+
     def changes_nothing_in(self, bounds: tuple[float, float]) -> bool:
         """Whether every value within bounds is mapped to itself."""
         return self.kind is ActivationKind.CLAMP and self.low <= bounds[0] and bounds[1] <= self.high

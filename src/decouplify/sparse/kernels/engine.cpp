@@ -111,7 +111,7 @@ std::vector<float> constants_of(const decouplify_step& scale, int32_t n_channels
   return constants;
 }
 
-// Whether a sum of two channels that do not exist is zero after the activation, and need not exist either.
+// Whether what is zero for want of its channels is zero after the activation as well, and need not exist either.
 bool keeps_zero(const decouplify::Activation& activation) {
   if (activation.kind == decouplify::ActivationKind::kClamp) return activation.low <= 0 && activation.high >= 0;
   return activation.kind != decouplify::ActivationKind::kSigmoid;
@@ -450,7 +450,9 @@ class Run {
 
   void scale(const decouplify_step& s) const {
     const Channels& in = live(s.input);
-    live(s.output).assign([&](int32_t c) { return in.flags[c] || (s.bias[c] != 0 && !s.leaves_constants); });
+    const bool writes_all = !s.leaves_constants && !keeps_zero(s.activation);
+    live(s.output).assign(
+        [&](int32_t c) { return in.flags[c] || writes_all || (s.bias[c] != 0 && !s.leaves_constants); });
     for (int32_t i = 0; i < live(s.output).n; ++i) {
       const int32_t c = live(s.output).list[i];
       const float total = kernels_.scale(in.flags[c] ? plane(s.input, c) : nullptr, s.weight[c], s.bias[c],
