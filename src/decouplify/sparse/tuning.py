@@ -34,7 +34,7 @@ Seconds = dict[Algorithm, float]
 CACHE_VARIABLE = "DECOUPLIFY_CACHE"
 
 #: Raised whenever kernels change so much that choices measured before may be wrong.
-_EDITION = 8
+_EDITION = 9
 _N_ROUNDS = 9
 _N_FIRST = 3  # rounds after which ways that take so many times as long as the best are given up
 _HOPELESS = 1.5

@@ -38,18 +38,22 @@ DECOUPLIFY_INLINE void compact(const float* plane, const Geometry& g, float* to)
 
 #else
 
-// How many lanes from the first one on are pixels: here a vector stays within its row.
+// How many lanes from the first one on are pixels: here a vector stays within its row. More may be stored where the
+// others are border columns, which stay zero.
 struct Lanes {
-  int n;
+  int n, n_stored;
 };
 
 DECOUPLIFY_INLINE int count(Lanes lanes) { return lanes.n; }
 DECOUPLIFY_INLINE Vec spread(const float* values, Lanes) { return load(values); }
 DECOUPLIFY_INLINE Vec keep_lanes(Vec v, Lanes lanes) { return keep(v, lanes_below(lanes.n)); }
-DECOUPLIFY_INLINE void store_lanes(float* p, Vec v, Lanes lanes) { store_first(p, v, lanes.n); }
+DECOUPLIFY_INLINE void store_lanes(float* p, Vec v, Lanes lanes) { store_first(p, v, lanes.n_stored); }
 
 DECOUPLIFY_INLINE Lanes lanes_at(const Geometry& g, int64_t at, int n) {
-  return {smaller(smaller(n, kLanes), g.width - static_cast<int>(at % g.row))};
+  const int column = static_cast<int>(at % g.row), n_left = g.width - column;
+  if (n_left <= n && n_left <= kLanes && g.row - column >= kLanes) return {n_left, kLanes};
+  const int n_pixels = smaller(smaller(n, kLanes), n_left);
+  return {n_pixels, n_pixels};
 }
 
 DECOUPLIFY_INLINE void compact(const float* plane, const Geometry& g, float* to) {

@@ -104,6 +104,8 @@ class CopiedTiles {
   // Without a buffer nothing is copied.
   CopiedTiles(const TileInput& in, int n_tiles, Buffer* buffer) : in_(&in) {
     if (buffer != nullptr) x_ = buffer->reserve(1 + n_tiles * tile());  // there may be no channel
+    const int last = in.n_channels - 1;
+    are_in_order_ = kOrderMatters && last >= 0 && in.place[last].column - in.place[0].column == last;
   }
 
   // What is read by tile `index`, which begins at position `first`: copies, or planes to be copied.
@@ -112,12 +114,12 @@ class CopiedTiles {
     if (x_ == nullptr) return found;
     float* copy = x_ + index * tile() - first;
     are_copied ? void(found.x = copy) : void(found.copy = copy);
-    found.n_taps = are_copied ? kSideBySide : kCopies;
+    found.n_taps = !are_copied ? kCopies : are_in_order_ ? kInOrder : kSideBySide;
     return found;
   }
   // From a tile to the one that begins kTileFloats after it.
   void advance(TileInput& in) const {
-    if (in.n_taps == kSideBySide) in.x += tile() - kTileFloats;
+    if (in.n_taps == kSideBySide || in.n_taps == kInOrder) in.x += tile() - kTileFloats;
     if (in.n_taps == kCopies) in.copy += tile() - kTileFloats;
   }
 
@@ -126,6 +128,7 @@ class CopiedTiles {
 
   const TileInput* in_;
   float* x_ = nullptr;
+  bool are_in_order_;  // the channels, in a filter's weights
 };
 
 // The filters [first, first + n) of the call's list, which read the same channels.

@@ -75,7 +75,7 @@ class PackedInput {
     }
     const int v0 = tile_start(tile), n = tile_start(tile + 1) - v0;
     const float* inputs = x_ + int64_t{v0} * n_rows() * kLanes;
-    const MultiplyFunction run = fetches ? multiply_for<true, true>(n1 - n0, n) : multiply_for<false, true>(n1 - n0, n);
+    const MultiplyFunction run = multiply_for<true>(fetches, are_in_order(columns_, n_rows()), n1 - n0, n);
     const Factors factors{inputs, columns_, weights, 0, n_rows(), part_per_fetch(n_rows())};
     run(factors, {next_weights, 0, ahead, outputs, n_outputs}, products, kProductFloats);
     if (n_rest_ == 0 || tile + 1 < n_tiles()) return;
@@ -152,14 +152,16 @@ class PackedInput {
     }
   }
 
-  // Those of N pixels from `pixel` on; there are always kRestFilters rows.
+  // Those of N pixels from `pixel` on; there are always kRestFilters rows. Even and odd vectors of a single pixel are
+  // added up apart, for a product waits for the sum before it.
   template <int N>
   void add_dots(const float* const* rows, int n_filters, int pixel, float* to) const {
+    constexpr int kApart = N == 1 ? 2 : 1;
     const int64_t n = n_weights();
     const float* x = rest_ + pixel * n;
-    Vec acc[N][kRestFilters] = {};
+    Vec acc[kApart][N][kRestFilters] = {};
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
+    const auto add = [&](Vec (&sums)[N][kRestFilters]) DECOUPLIFY_INLINE_LAMBDA {
       Vec w[kRestFilters];
 #pragma GCC unroll 4
       for (int f = 0; f < kRestFilters; ++f) w[f] = load(rows[f] + i);
@@ -167,12 +169,21 @@ class PackedInput {
       for (int p = 0; p < N; ++p) {
         const Vec value = load(x + p * n + i);
 #pragma GCC unroll 4
-        for (int f = 0; f < kRestFilters; ++f) acc[p][f] += w[f] * value;
+        for (int f = 0; f < kRestFilters; ++f) sums[p][f] += w[f] * value;
       }
+      i += kLanes;
+    };
+    while (i + kApart * kLanes <= n) {
+#pragma GCC unroll 2
+      for (int k = 0; k < kApart; ++k) add(acc[k]);
     }
+    while (i + kLanes <= n) add(acc[0]);
 #pragma GCC unroll 4
     for (int p = 0; p < N; ++p) {
-      const Vec totals = sums_of(acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
+#pragma GCC unroll 4
+      for (int f = 0; f < kRestFilters && kApart == 2; ++f) acc[0][p][f] += acc[1 % kApart][p][f];
+      const auto& sums = acc[0][p];
+      const Vec totals = sums_of(sums[0], sums[1], sums[2], sums[3]);
       for (int f = 0; f < n_filters; ++f) {
         float total = totals[f];
         for (int64_t k = i; k < n; ++k) total += rows[f][k] * x[p * n + k];

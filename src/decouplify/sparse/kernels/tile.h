@@ -120,10 +120,14 @@ constexpr int kChannelsAhead = 32;
 // side, which is worth more than what the offsets of taps have in common.
 constexpr bool kTapsAreChannels = kLanes <= 8;
 
+// What was measured to pay with vectors of eight lanes or more only. Elsewhere it would make the library longer.
+constexpr bool kTilesFetch = kLanes >= 8, kOrderMatters = kLanes == 8;
+
 // What all tiles read, at position 0: x + place[c].offset + tap[t] is the first input of channel c. Inputs of one tap may
-// lie side by side instead, those of channel c at x + c * kTileFloats; then n_taps is kSideBySide. Where it is kCopies, a
-// tile puts what it reads side by side for others, at `copy`.
-constexpr int kSideBySide = -1, kCopies = -2, kTileFloats = kTileVectors * kLanes;
+// lie side by side instead, those of channel c at x + c * kTileFloats; then n_taps is kSideBySide, or kInOrder if weights
+// of consecutive channels are side by side as well. Where it is kCopies, a tile puts what it reads side by side for
+// others, at `copy`.
+constexpr int kSideBySide = -1, kCopies = -2, kInOrder = -3, kTileFloats = kTileVectors * kLanes;
 struct TileInput {
   const float* x;
   const Place* place;
@@ -168,6 +172,15 @@ DECOUPLIFY_INLINE void finish_row(const Vec (&acc)[NV], const TileOutput& to, in
     store(out + at, y);
   }
   if (to.partial_sum != nullptr) store(to.partial_sum, load(to.partial_sum) + total);
+}
+
+// Rows with another activation than a clamp. Not part of every tile, which are many, and these functions long.
+template <int NV>
+__attribute__((noinline)) static void finish_rows_otherwise(const Vec (*acc)[NV], int n_rows, const TileOutput* to,
+                                                            int64_t at, const int32_t* mask,
+                                                            const Activation& activation) {
+  const auto activate = [&](Vec x) DECOUPLIFY_INLINE_LAMBDA { return activate_other(x, activation); };
+  for (int n = 0; n < n_rows; ++n) finish_row<NV>(acc[n], to[n], at, mask, activate);
 }
 
 // Products that are added up one after another. Longer sums are sums of such sums, which lose fewer digits.
@@ -232,7 +245,9 @@ struct RowsAhead {
 };
 
 template <int TAPS>
-constexpr bool kIsPointwise = TAPS == 1 || TAPS == kSideBySide || TAPS == kCopies;
+constexpr bool kIsSideBySide = TAPS == kSideBySide || TAPS == kInOrder;
+template <int TAPS>
+constexpr bool kIsPointwise = TAPS == 1 || kIsSideBySide<TAPS> || TAPS == kCopies;
 
 // acc[filter][vector] += the products of channels up to `end`. FETCH: see TileAt::fetches; it takes time, which only
 // weights that are not in the cache are worth.
@@ -255,10 +270,11 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   Stream ahead = progress.ahead;
   const Place* place = in.place + progress.channel;
   const Place* const last = in.place + end;
+  int64_t first_column = TAPS == kInOrder && end > 0 ? place->column : 0;
   const auto add_one = [&](int i) DECOUPLIFY_INLINE_LAMBDA {
     const Place* const here = place + i;
-    const float* x0 = TAPS == kSideBySide ? next + i * kTileFloats : first + here->offset;
-    const int64_t column = here->column;
+    const float* x0 = kIsSideBySide<TAPS> ? next + i * kTileFloats : first + here->offset;
+    const int64_t column = TAPS == kInOrder ? first_column + i : here->column;
     if (TAPS == 9) {
       // The hardware does not foresee the jumps from filter to filter; one channel ahead hides them.
       const int64_t following = here[here + 1 < in.place + in.n_channels].column;
@@ -292,7 +308,7 @@ DECOUPLIFY_INLINE void add_channels(const TileInput& in, const TileOutput* to, i
   };
   const auto add_next = [&](auto n) DECOUPLIFY_INLINE_LAMBDA {
     for_each_below(n, add_one);
-    place += n, next += n * kTileFloats;
+    place += n, next += n * kTileFloats, first_column += n;
     if (TAPS == kCopies) copy += n * kTileFloats;
   };
   while (FETCH && last - place >= kChannelsAtOnce) {
@@ -320,7 +336,7 @@ __attribute__((noinline)) static void add_part(const TileInput& in, const TileOu
   }
 }
 
-// TAPS is the number of taps per channel, 0 for a number known at run time only, or kSideBySide or kCopies.
+// TAPS is the number of taps per channel, 0 for a number known at run time only, or kSideBySide, kInOrder or kCopies.
 template <int TAPS, bool FETCH, int NB, int NV>
 static void run_tile(const TileInput& in, const TileOutput* to, const TileAt& tile, const int32_t* mask,
                      const Activation& activation) {
@@ -352,10 +368,17 @@ static void run_tile(const TileInput& in, const TileOutput* to, const TileAt& ti
     }
     memcpy(acc, total, sizeof(acc));
   }
-  with_activation(activation, [&](const auto& activate) DECOUPLIFY_INLINE_LAMBDA {
+  if (activation.kind != ActivationKind::kClamp) {
+    Vec total[NB][NV];
+    memcpy(total, acc, sizeof(acc));
+    return finish_rows_otherwise<NV>(total, NB, to, tile.first, mask, activation);
+  }
+  const Vec low = splat(activation.low), high = splat(activation.high);
 #pragma GCC unroll 8
-    for (int n = 0; n < NB; ++n) finish_row<NV>(acc[n], to[n], tile.first, mask, activate);
-  });
+  for (int n = 0; n < NB; ++n) {
+    finish_row<NV>(acc[n], to[n], tile.first, mask,
+                   [=](Vec x) DECOUPLIFY_INLINE_LAMBDA { return at_most(at_least(x, low), high); });
+  }
 }
 
 using TileFunction = void (*)(const TileInput&, const TileOutput*, const TileAt&, const int32_t* mask,
@@ -371,23 +394,32 @@ template <int TAPS, bool FETCH, int... B>
 static TileFunction tile_for(int n_filters, int n_vectors, std::integer_sequence<int, B...>) {
   using Vectors = std::make_integer_sequence<int, kTileVectors>;
   using Choose = TileFunction (*)(int);
-  static constexpr Choose functions[] = {[](int v) { return tile_for<TAPS, FETCH, B + 1>(v, Vectors{}); }...};
+  // Full tiles are most of all; for the others what is known of the order of weights is left unused.
+  static constexpr Choose functions[] = {[](int v) {
+    return tile_for<TAPS == kInOrder && B + 1 < kTileFilters ? kSideBySide : TAPS, FETCH, B + 1>(v, Vectors{});
+  }...};
   return functions[n_filters - 1](n_vectors);
+}
+
+template <int TAPS>
+static TileFunction tile_for(bool fetches, int n_filters, int n_vectors) {
+  using Filters = std::make_integer_sequence<int, kTileFilters>;
+  constexpr bool kFetches = kTilesFetch && kIsPointwise<TAPS> && TAPS != kCopies;  // which only the first filters do
+  if (kFetches && fetches) return tile_for<TAPS, kFetches>(n_filters, n_vectors, Filters{});
+  return tile_for<TAPS, false>(n_filters, n_vectors, Filters{});
 }
 
 // The tile for 1 <= n_filters <= kTileFilters and 1 <= n_vectors <= kTileVectors.
 static TileFunction tile_for(int n_taps, bool fetches, int n_filters, int n_vectors) {
-  using Filters = std::make_integer_sequence<int, kTileFilters>;
-  if (n_taps == kSideBySide && fetches) return tile_for<kSideBySide, true>(n_filters, n_vectors, Filters{});
-  if (n_taps == kSideBySide) return tile_for<kSideBySide, false>(n_filters, n_vectors, Filters{});
-  if (n_taps == kCopies && fetches) return tile_for<kCopies, true>(n_filters, n_vectors, Filters{});
-  if (n_taps == kCopies) return tile_for<kCopies, false>(n_filters, n_vectors, Filters{});
-  if (n_taps == 1 && fetches) return tile_for<1, true>(n_filters, n_vectors, Filters{});
-  if constexpr (!kTapsAreChannels) {
-    if (n_taps == 9) return tile_for<9, false>(n_filters, n_vectors, Filters{});
-    if (n_taps > 1) return tile_for<0, false>(n_filters, n_vectors, Filters{});
+  if constexpr (kTapsAreChannels) {
+    if (kOrderMatters && n_taps == kInOrder) return tile_for<kOrderMatters ? kInOrder : 1>(fetches, n_filters, n_vectors);
+    if (n_taps == kSideBySide) return tile_for<kSideBySide>(fetches, n_filters, n_vectors);
+    if (n_taps == kCopies) return tile_for<kCopies>(fetches, n_filters, n_vectors);
+  } else {
+    if (n_taps == 9) return tile_for<9>(fetches, n_filters, n_vectors);
+    if (n_taps > 1) return tile_for<0>(fetches, n_filters, n_vectors);
   }
-  return tile_for<1, false>(n_filters, n_vectors, Filters{});
+  return tile_for<1>(fetches, n_filters, n_vectors);
 }
 
 }  // namespace decouplify::DECOUPLIFY_ISA

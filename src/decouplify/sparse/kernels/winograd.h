@@ -251,9 +251,10 @@ struct Winograd {
     int first[kFiltersAtOnce + 1];  // filter of each group
     MultiplyFunction multiply[kFiltersAtOnce];
     for (int g = 0; g <= n_groups; ++g) first[g] = part(n, n_groups, g);
+    const bool in_order = are_in_order(sources.column, sources.n);
     for (int g = 0; g < n_groups; ++g) {
       const int n_group = first[g + 1] - first[g];
-      multiply[g] = fetches ? multiply_for<true, false>(n_group, block.n) : multiply_for<false, false>(n_group, block.n);
+      multiply[g] = multiply_for<false>(fetches, in_order, n_group, block.n);
     }
     const uint32_t per_fetch = part_per_fetch(sources.n);
     const auto run_group = [&](int e, int g) {
