@@ -175,10 +175,8 @@ struct DirectJob {
   // Group `index` on vectors [v0, v1). fetches: whether weights are met for the first time.
   void run(const TileInput& in, const FilterGroup& group, int index, int v0, int v1, bool fetches) const {
     TileAt tile{int64_t{v0} * kLanes, fetches, false, nothing_ahead(in.x)};
-    if (fetches) {
-      tile.ahead = stream_of(call.ahead, index, n_filter_groups(), in.n_channels);
-      if (in.n_taps > 1) fetch_part(call.ahead, index, n_filter_groups());
-    }
+    if (fetches && can_fetch(in.n_taps)) tile.ahead = stream_of(call.ahead, index, n_filter_groups(), in.n_channels);
+    if (fetches && !can_fetch(in.n_taps)) fetch_part(call.ahead, index, n_filter_groups());
     tile_for(in.n_taps, fetches, group.n, v1 - v0)(in, group.to, tile, conv.out.mask, conv.activation);
   }
 

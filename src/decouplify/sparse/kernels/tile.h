@@ -120,7 +120,8 @@ constexpr int kChannelsAhead = 32;
 // side, which is worth more than what the offsets of taps have in common.
 constexpr bool kTapsAreChannels = kLanes <= 8;
 
-// What was measured to pay with vectors of eight lanes or more only. Elsewhere it would make the library longer.
+// Variants of tiles that make the library longer, where they were measured to pay: those that fetch by and by what comes
+// next, and those that know weights to be in order.
 constexpr bool kTilesFetch = kLanes >= 8, kOrderMatters = kLanes == 8;
 
 // What all tiles read, at position 0: x + place[c].offset + tap[t] is the first input of channel c. Inputs of one tap may
@@ -401,10 +402,15 @@ static TileFunction tile_for(int n_filters, int n_vectors, std::integer_sequence
   return functions[n_filters - 1](n_vectors);
 }
 
+// Whether such tiles fetch by and by; copies are made by the first filters only.
+DECOUPLIFY_INLINE constexpr bool can_fetch(int n_taps) {
+  return kTilesFetch && (n_taps == 1 || n_taps == kSideBySide || n_taps == kInOrder);
+}
+
 template <int TAPS>
 static TileFunction tile_for(bool fetches, int n_filters, int n_vectors) {
   using Filters = std::make_integer_sequence<int, kTileFilters>;
-  constexpr bool kFetches = kTilesFetch && kIsPointwise<TAPS> && TAPS != kCopies;  // which only the first filters do
+  constexpr bool kFetches = can_fetch(TAPS);
   if (kFetches && fetches) return tile_for<TAPS, kFetches>(n_filters, n_vectors, Filters{});
   return tile_for<TAPS, false>(n_filters, n_vectors, Filters{});
 }
@@ -412,7 +418,8 @@ static TileFunction tile_for(bool fetches, int n_filters, int n_vectors) {
 // The tile for 1 <= n_filters <= kTileFilters and 1 <= n_vectors <= kTileVectors.
 static TileFunction tile_for(int n_taps, bool fetches, int n_filters, int n_vectors) {
   if constexpr (kTapsAreChannels) {
-    if (kOrderMatters && n_taps == kInOrder) return tile_for<kOrderMatters ? kInOrder : 1>(fetches, n_filters, n_vectors);
+    constexpr int kOrder = kOrderMatters ? kInOrder : kSideBySide;
+    if (n_taps == kOrder) return tile_for<kOrder>(fetches, n_filters, n_vectors);
     if (n_taps == kSideBySide) return tile_for<kSideBySide>(fetches, n_filters, n_vectors);
     if (n_taps == kCopies) return tile_for<kCopies>(fetches, n_filters, n_vectors);
   } else {
