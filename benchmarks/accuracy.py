@@ -7,7 +7,9 @@ for the same number of epochs:
 * static: half of the filters between the two convolutions of each block cut for good (smallest scales of their norms),
   which leaves as many MACs as the gates do; with the same teacher as the gates. The other networks are made uniformly
   narrower, start from nothing and train for the epochs of the start as well;
-* decoupled: with gates, steered to the target, the start as teacher.
+* decoupled: with gates, steered to the target, the start as teacher;
+* inner (ResNets): the same with gates on the first convolution of each block alone, where the static twin is narrow,
+  and with the network at the learning rate of the twins. In small runs (``recipes.py``) that did best.
 
 Rows run in slices: a row that does not finish within ``--seconds`` goes on from its state file in the next call.
 Networks this small leave part of a GPU idle: run several rows side by side, each with its own ``--results``, and let
@@ -79,6 +81,9 @@ USUAL: dict[str, dict[str, Any]] = {
         "target": "2.02x",
     },
 }
+# Controllers at the rate they have otherwise.
+USUAL["inner"] = {**USUAL["decoupled"], "lr": 0.2, "gate_lr_factor": 2.5}
+INNER = {"only": ["layer*.conv1"]}
 # In a fifth of the usual epochs the terms of information show only with larger weights.
 INFORMED = {"mutual_information": 0.1, "kl": 1.0}
 # What one core trains in five minutes. In so few steps gates move only at a rate four times as far above the others',
@@ -127,6 +132,8 @@ def rows() -> dict[str, Row]:
             table[f"{network}-dense-{seed}"] = Row(network, "dense", epochs, seed)
             table[f"{network}-static-{seed}"] = Row(network, "static", epochs + (0 if narrowed else start_epochs), seed)
             table[f"{network}-decoupled-{seed}"] = Row(network, "decoupled", epochs, seed)
+            if narrowed:
+                table[f"{network}-inner-{seed}"] = Row(network, "inner", epochs, seed, wrapping=INNER)
     ablation = {
         "controllers": {"mutual_information": 0.0, "kl": 0.0, "target": None, "sparsity": 0.0, "calibrate": False},
         "sparse": {"mutual_information": 0.0, "kl": 0.0},
@@ -166,7 +173,7 @@ class Bench:
             "state": str(self.work / f"{name}.state"),
             "stop_after_s": self.ends - begin,
         }
-        if row.form == "decoupled":
+        if row.form in ("decoupled", "inner"):
             decouplify.wrap(model, (3, 32, 32), verify=False, **{"input_norm": True, **row.wrapping})
             recipe: Recipe = DecouplingRecipe(row.epochs, **self._how(row))
             history = decouple(model, x, y, recipe, teacher=teacher, **options)

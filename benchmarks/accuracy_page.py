@@ -9,6 +9,8 @@ from typing import Any
 
 from label_free import RESULTS as LABEL_FREE
 from label_free import read, section
+from recipes_page import RESULTS as RECIPES
+from recipes_page import recipes_section
 
 __all__ = ["page"]
 
@@ -26,7 +28,8 @@ def page(found: list[Result], missing: list[str]) -> str:
     whole = sorted((r for r in found if not is_part_of_ablation(r)), key=_place)
     lines = [*HEAD, *map(_line, whole), "", *_means(whole), *NOTES]
     todo = "Not run yet: " + ", ".join(f"`{name}`" for name in missing) + "."
-    return "\n".join([*lines, *_notes(found), "", todo, "", *_ablation(parts), "", *section(read(LABEL_FREE))])
+    small = [*recipes_section(read(RECIPES)), "", *section(read(LABEL_FREE))]
+    return "\n".join([*lines, *_notes(found), "", todo, "", *_ablation(parts), "", *small])
 
 
 def is_part_of_ablation(result: Result) -> bool:
@@ -40,11 +43,12 @@ def _place(result: Result) -> tuple[int, int, int]:
 
 
 def _means(found: list[Result]) -> Iterator[str]:
-    """A sentence for each network of which all forms were trained more than once."""
+    """A sentence for each network of which dense, static and decoupled forms were trained more than once."""
     for network in dict.fromkeys(result["network"] for result in found):
         by_form = {form: [r["top1"] for r in found if (r["network"], r["form"]) == (network, form)] for form in FORMS}
-        if all(len(accuracies) > 1 for accuracies in by_form.values()):
-            means = ", ".join(f"{form} {100 * fmean(accuracies):.2f}" for form, accuracies in by_form.items())
+        repeated = {form: accuracies for form, accuracies in by_form.items() if len(accuracies) > 1}
+        if repeated.keys() >= set(FORMS[:3]):
+            means = ", ".join(f"{form} {100 * fmean(accuracies):.2f}" for form, accuracies in repeated.items())
             yield f"Means over seeds, {network}: {means}."
 
 
@@ -58,7 +62,7 @@ def _notes(found: list[Result]) -> list[str]:
 
 
 NETWORKS = ("resnet56", "resnet20", "vgg19", "googlenet")
-FORMS = ("dense", "static", "decoupled")
+FORMS = ("dense", "static", "decoupled", "inner")
 HEAD = (
     "# Results on CIFAR-10",
     "",

@@ -1,0 +1,193 @@
+"""Small runs that compare recipes: ResNet-14 on 16x16 images, in five to ten minutes on one CPU core.
+
+Every row goes on from the same 14 epochs of dense training on 20,000 of the training images of CIFAR-10, made smaller,
+and is judged on 20,000 images that no row trains on: 15,000 of the training images and the 5,000 test images. All that
+is taught is taught by the start. Differences below half a point say little, and so small a network loses more at half
+of its MACs than a large one: what wins here is worth a run of ``accuracy.py``, and no more.
+
+$ python benchmarks/recipes.py --data cifar10.bin                       # all rows; those that are there are left out
+$ python benchmarks/recipes.py --data cifar10.bin --only 'inner*'
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accuracy import INNER, slice_blocks
+from label_free import read
+from recipes_page import RESULTS
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import decouplify
+from decouplify.cifar import CifarResNet, load_cifar10
+from decouplify.decoupling import decoupling_of
+from decouplify.score import score
+from decouplify.train import DecouplingRecipe, Recipe, decouple, evaluate, train_dense
+
+SIZE, N_TRAIN, N_JUDGED, N_TEST = 16, 20_000, 15_000, 5_000
+COMMON: dict[str, Any] = {"batch_size": 128, "weight_decay": 5e-4}
+USUAL: dict[str, Any] = {
+    "lr": 0.1,
+    "gate_lr_factor": 5.0,
+    "clip_norm": 2.0,
+    "warmup_epochs": 1.0,
+    "distillation": 0.9,
+    "mutual_information": 0.01,
+    "information_ramp_share": 0.1,
+    "ramp_share": 0.2,
+    "hard_share": 0.4,
+    "target": "2.02x",
+}
+FAST = {"lr": 0.2, "gate_lr_factor": 2.5}  # the network at the rate of the twins, controllers as usual
+FROM_IMPORTANCE = {"start": "importance", "ramp_share": 0.0, "hard_share": 1.0}
+NO_INFORMATION = {"mutual_information": 0.0, "kl": 0.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: the form of the network, how long, and what differs from the usual recipe."""
+
+    form: str  # dense, static or decoupled
+    epochs: int = 8
+    seed: int = 0
+    changes: dict[str, Any] = field(default_factory=dict)
+    wrapping: dict[str, Any] = field(default_factory=dict)
+
+
+ROWS = {
+    "dense": Row("dense"),
+    "static": Row("static"),
+    "static, second seed": Row("static", seed=1),
+    "usual": Row("decoupled"),
+    "usual, network at 0.2": Row("decoupled", changes=FAST),
+    "usual from importance": Row("decoupled", changes=FROM_IMPORTANCE),
+    "inner": Row("decoupled", wrapping=INNER),
+    "inner, network at 0.2": Row("decoupled", changes=FAST, wrapping=INNER),
+    "inner, network at 0.2, second seed": Row("decoupled", seed=1, changes=FAST, wrapping=INNER),
+    "inner without MI and KL": Row("decoupled", changes=NO_INFORMATION, wrapping=INNER),
+    "inner from importance": Row("decoupled", changes=FROM_IMPORTANCE, wrapping=INNER),
+    "static, 16 epochs": Row("static", 16),
+    "inner, network at 0.2, 16 epochs": Row("decoupled", 16, changes=FAST, wrapping=INNER),
+}
+
+
+class Bench:
+    """The images, and the weights that all rows start from."""
+
+    def __init__(self, data: str, work: Path) -> None:
+        images = load_cifar10(data)
+        train_x, test_x = _smaller(images.train_images[: N_TRAIN + N_JUDGED]), _smaller(images.test_images[:N_TEST])
+        train_y, test_y = images.train_labels[: N_TRAIN + N_JUDGED], images.test_labels[:N_TEST]
+        self.train_x, self.train_y = train_x[:N_TRAIN], train_y[:N_TRAIN]
+        self.judged_x, self.judged_y = torch.cat([train_x[N_TRAIN:], test_x]), torch.cat([train_y[N_TRAIN:], test_y])
+        self.test_x, self.test_y = test_x, test_y
+        self.path = work / "resnet14-start.safetensors"
+
+    def start(self) -> CifarResNet:
+        """The network after 14 dense epochs, trained where that has not happened yet."""
+        torch.manual_seed(0)
+        model = CifarResNet(2)
+        if self.path.exists():
+            model.load_state_dict(load_file(self.path))
+        else:
+            train_dense(model, self.train_x, self.train_y, Recipe(14, lr=0.1, **COMMON), augment=crop_and_flip)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(model.state_dict(), self.path)
+        return model.eval()
+
+    def run(self, name: str, row: Row) -> dict[str, Any]:
+        """Train and judge one row."""
+        start, teacher = self.start(), self.start()
+        begin = time.perf_counter()
+        model, recipe = self._trained(row, start, teacher)
+        seconds = round(time.perf_counter() - begin, 1)
+        measured = score(model, self.test_x, self.test_y).to_dict()
+        measured["top1"] = evaluate(model, self.judged_x, self.judged_y, 500)
+        measured["n_images"] = len(self.judged_y)
+        if row.form == "decoupled":
+            measured["top1_on_another_images_path"] = self._on_other_paths(model)
+        command = f"PYTHONPATH=src python benchmarks/recipes.py --data FILE --only {name!r}"
+        return {"row": name, **asdict(row), "recipe": asdict(recipe), **measured, "train_seconds": seconds} | {
+            "torch": torch.__version__,
+            "command": command,
+        }
+
+    def _trained(self, row: Row, model: CifarResNet, teacher: nn.Module) -> tuple[nn.Module, Recipe]:
+        torch.manual_seed(row.seed)
+        if row.form == "decoupled":
+            decouplify.wrap(model, (3, SIZE, SIZE), verify=False, input_norm=True, **row.wrapping)
+            how = DecouplingRecipe(row.epochs, **{**COMMON, **USUAL, "seed": row.seed, **row.changes})
+            decouple(model, self.train_x, self.train_y, how, teacher=teacher, augment=crop_and_flip)
+            return model, how
+        is_static = row.form == "static"
+        if is_static:
+            model = slice_blocks(model, CifarResNet(2, inner=0.5))
+        recipe = Recipe(row.epochs, lr=0.2, distillation=0.9 if is_static else 0.0, seed=row.seed, **COMMON)
+        train_dense(
+            model, self.train_x, self.train_y, recipe, teacher=teacher if is_static else None, augment=crop_and_flip
+        )
+        return model, recipe
+
+    @torch.no_grad()
+    def _on_other_paths(self, model: nn.Module) -> float:
+        """Accuracy on test images when each runs on the path of the image before it in the batch."""
+        decoupling, n_right = decoupling_of(model), 0
+        for x, y in zip(self.test_x.split(500), self.test_y.split(500), strict=True):
+            model(x)
+            with decoupling.forced({name: gate.roll(1, 0) for name, gate in decoupling.gates().items()}):
+                n_right += int((model(x).argmax(1) == y).sum())
+        return n_right / len(self.test_y)
+
+
+def _smaller(images: Tensor) -> Tensor:
+    return F.interpolate(images, size=SIZE, mode="area")
+
+
+def crop_and_flip(images: Tensor) -> Tensor:
+    """Shift each image by up to two pixels and mirror half of them."""
+    n = len(images)
+    padded = F.pad(images, (2, 2, 2, 2))
+    top, left = torch.randint(0, 5, (2, n, 1, 1))
+    rows, columns = top + torch.arange(SIZE).view(1, -1, 1), left + torch.arange(SIZE).view(1, 1, -1)
+    columns = torch.where(torch.rand(n, 1, 1) < 0.5, columns.flip(2), columns)
+    return padded[torch.arange(n).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    known = {row["row"] for row in read(args.results)}
+    wanted = [name for name in ROWS if name not in known and fnmatch.fnmatch(name, args.only)]
+    if not wanted:
+        raise SystemExit(f"recipes: no row to run matches {args.only!r}; the rows are {', '.join(ROWS)}")
+    bench = Bench(args.data, args.work)
+    for name in wanted:
+        result = bench.run(name, ROWS[name])
+        with args.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        print(json.dumps({k: v for k, v in result.items() if k not in ("recipe", "command")}), flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="directory for torchvision's CIFAR-10, or a C10J1 .bin file")
+    parser.add_argument("--only", default="*", help="rows whose name matches (a glob)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("recipes"), help="folder for the weights that rows start from"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file that finished rows are appended to")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
