@@ -115,7 +115,10 @@ class Bench:
         measured["top1"] = evaluate(model, self.judged_x, self.judged_y, 500)
         measured["n_images"] = len(self.judged_y)
         if row.form == "decoupled":
+            measured["dense_macs"] = decoupling_of(model).costs.n_dense
             measured["top1_on_another_images_path"] = self._on_other_paths(model)
+        else:
+            measured["dense_macs"] = decouplify.inspect(model, (3, SIZE, SIZE)).n_macs
         command = f"PYTHONPATH=src python benchmarks/recipes.py --data FILE --only {name!r}"
         return {"row": name, **asdict(row), "recipe": asdict(recipe), **measured, "train_seconds": seconds} | {
             "torch": torch.__version__,
