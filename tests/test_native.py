@@ -76,7 +76,7 @@ def test_convolutions_of_other_instruction_sets(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("algorithm", SAME_SIZE)
-@pytest.mark.parametrize("size", [(56, 56), (28, 28), (14, 14), (7, 7), (5, 17)])
+@pytest.mark.parametrize("size", [(56, 56), (28, 28), (14, 14), (7, 7), (5, 17), (9, 2)])
 def test_every_algorithm_on_the_sizes_of_real_networks(
     instruction_set: str, size: tuple[int, int], algorithm: Algorithm
 ) -> None:

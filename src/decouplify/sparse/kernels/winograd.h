@@ -389,11 +389,13 @@ static void convolve_winograd(const Convolution& conv, const ConvolutionCall& ca
     sources.plane[i] = call.in + call.channels[i] * conv.in.plane + conv.in.origin - conv.in.row - 1;
     sources.column[i] = call.channels[i];
   }
-  if (conv.out.width <= kLanes / 2 && conv.out.height > T::kTile) {
-    Winograd<T, 2>(conv, call, sources, scratch).run();
-  } else {
-    Winograd<T, 1>(conv, call, sources, scratch).run();
+  // Half a vector must hold a tile.
+  if constexpr (kLanes / 2 >= T::kTile) {
+    if (conv.out.width <= kLanes / 2 && conv.out.height > T::kTile) {
+      return Winograd<T, 2>(conv, call, sources, scratch).run();
+    }
   }
+  Winograd<T, 1>(conv, call, sources, scratch).run();
 }
 
 // Stride 2: every phase of a channel is a source, and the sum over taps a sum over phases and up to 4 x 4 taps of each.
