@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from accuracy_page import page
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import decouplify
 from decouplify.cifar import (
@@ -81,8 +81,8 @@ USUAL: dict[str, dict[str, Any]] = {
         "target": "2.02x",
     },
 }
-# Controllers at the rate they have otherwise.
-USUAL["inner"] = {**USUAL["decoupled"], "lr": 0.2, "gate_lr_factor": 2.5}
+AT_TWINS_RATE = {"lr": 0.2, "gate_lr_factor": 2.5}  # the network; controllers learn as otherwise
+USUAL["inner"] = {**USUAL["decoupled"], **AT_TWINS_RATE}
 INNER = {"only": ["layer*.conv1"]}
 # In a fifth of the usual epochs the terms of information show only with larger weights.
 INFORMED = {"mutual_information": 0.1, "kl": 1.0}
@@ -236,19 +236,8 @@ class Bench:
             return measured | {"dense_macs": decouplify.inspect(model, (3, 32, 32)).n_macs}
         return measured | {
             "dense_macs": decoupling_of(model).costs.n_dense,
-            "top1_on_another_images_path": self._on_other_paths(model),
+            "top1_on_another_images_path": top1_on_other_paths(model, self.test_x, self.test_y),
         }
-
-    @torch.no_grad()
-    def _on_other_paths(self, model: nn.Module) -> float:
-        """Accuracy when each image runs on the path of the image before it in the batch."""
-        decoupling, n_right = decoupling_of(model), 0
-        for x, y in zip(self.test_x.split(500), self.test_y.split(500), strict=True):
-            model(x)
-            others = {name: gate.roll(1, 0) for name, gate in decoupling.gates().items()}
-            with decoupling.forced(others):
-                n_right += int((model(x).argmax(1) == y).sum())
-        return n_right / len(self.test_y)
 
     def _keep(self, model: nn.Module, name: str, result: dict[str, Any]) -> None:
         path = self.work / f"{name}.safetensors"
@@ -256,6 +245,18 @@ class Bench:
             decouplify.save(model, path, facts(result))
         else:
             save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+
+
+@torch.no_grad()
+def top1_on_other_paths(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Accuracy when each image runs on the path of the image before it in the batch."""
+    decoupling, n_right = decoupling_of(model), 0
+    for x, y in zip(images.split(500), labels.split(500), strict=True):
+        model(x)
+        others = {name: gate.roll(1, 0) for name, gate in decoupling.gates().items()}
+        with decoupling.forced(others):
+            n_right += int((model(x).argmax(1) == y).sum())
+    return n_right / len(labels)
 
 
 def facts(result: dict[str, Any]) -> dict[str, Any]:

@@ -17,38 +17,28 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accuracy import INNER, slice_blocks
+from accuracy import AT_TWINS_RATE, INNER, USUAL, slice_blocks, top1_on_other_paths
 from label_free import read
 from recipes_page import RESULTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import decouplify
-from decouplify.cifar import CifarResNet, load_cifar10
+from decouplify.cifar import CifarResNet, crop_and_flip, load_cifar10
 from decouplify.decoupling import decoupling_of
 from decouplify.score import score
 from decouplify.train import DecouplingRecipe, Recipe, decouple, evaluate, train_dense
 
 SIZE, N_TRAIN, N_JUDGED, N_TEST = 16, 20_000, 15_000, 5_000
+shift_and_flip = partial(crop_and_flip, reach=2)
 COMMON: dict[str, Any] = {"batch_size": 128, "weight_decay": 5e-4}
-USUAL: dict[str, Any] = {
-    "lr": 0.1,
-    "gate_lr_factor": 5.0,
-    "clip_norm": 2.0,
-    "warmup_epochs": 1.0,
-    "distillation": 0.9,
-    "mutual_information": 0.01,
-    "information_ramp_share": 0.1,
-    "ramp_share": 0.2,
-    "hard_share": 0.4,
-    "target": "2.02x",
-}
-FAST = {"lr": 0.2, "gate_lr_factor": 2.5}  # the network at the rate of the twins, controllers as usual
+SHORT: dict[str, Any] = {**USUAL["decoupled"], "warmup_epochs": 1.0}
 FROM_IMPORTANCE = {"start": "importance", "ramp_share": 0.0, "hard_share": 1.0}
 NO_INFORMATION = {"mutual_information": 0.0, "kl": 0.0}
 
@@ -69,15 +59,15 @@ ROWS = {
     "static": Row("static"),
     "static, second seed": Row("static", seed=1),
     "usual": Row("decoupled"),
-    "usual, network at 0.2": Row("decoupled", changes=FAST),
+    "usual, network at 0.2": Row("decoupled", changes=AT_TWINS_RATE),
     "usual from importance": Row("decoupled", changes=FROM_IMPORTANCE),
     "inner": Row("decoupled", wrapping=INNER),
-    "inner, network at 0.2": Row("decoupled", changes=FAST, wrapping=INNER),
-    "inner, network at 0.2, second seed": Row("decoupled", seed=1, changes=FAST, wrapping=INNER),
+    "inner, network at 0.2": Row("decoupled", changes=AT_TWINS_RATE, wrapping=INNER),
+    "inner, network at 0.2, second seed": Row("decoupled", seed=1, changes=AT_TWINS_RATE, wrapping=INNER),
     "inner without MI and KL": Row("decoupled", changes=NO_INFORMATION, wrapping=INNER),
     "inner from importance": Row("decoupled", changes=FROM_IMPORTANCE, wrapping=INNER),
     "static, 16 epochs": Row("static", 16),
-    "inner, network at 0.2, 16 epochs": Row("decoupled", 16, changes=FAST, wrapping=INNER),
+    "inner, network at 0.2, 16 epochs": Row("decoupled", 16, changes=AT_TWINS_RATE, wrapping=INNER),
 }
 
 
@@ -100,7 +90,7 @@ class Bench:
         if self.path.exists():
             model.load_state_dict(load_file(self.path))
         else:
-            train_dense(model, self.train_x, self.train_y, Recipe(14, lr=0.1, **COMMON), augment=crop_and_flip)
+            train_dense(model, self.train_x, self.train_y, Recipe(14, lr=0.1, **COMMON), augment=shift_and_flip)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(model.state_dict(), self.path)
         return model.eval()
@@ -116,7 +106,7 @@ class Bench:
         measured["n_images"] = len(self.judged_y)
         if row.form == "decoupled":
             measured["dense_macs"] = decoupling_of(model).costs.n_dense
-            measured["top1_on_another_images_path"] = self._on_other_paths(model)
+            measured["top1_on_another_images_path"] = top1_on_other_paths(model, self.test_x, self.test_y)
         else:
             measured["dense_macs"] = decouplify.inspect(model, (3, SIZE, SIZE)).n_macs
         command = f"PYTHONPATH=src python benchmarks/recipes.py --data FILE --only {name!r}"
@@ -129,41 +119,21 @@ class Bench:
         torch.manual_seed(row.seed)
         if row.form == "decoupled":
             decouplify.wrap(model, (3, SIZE, SIZE), verify=False, input_norm=True, **row.wrapping)
-            how = DecouplingRecipe(row.epochs, **{**COMMON, **USUAL, "seed": row.seed, **row.changes})
-            decouple(model, self.train_x, self.train_y, how, teacher=teacher, augment=crop_and_flip)
+            how = DecouplingRecipe(row.epochs, **{**COMMON, **SHORT, "seed": row.seed, **row.changes})
+            decouple(model, self.train_x, self.train_y, how, teacher=teacher, augment=shift_and_flip)
             return model, how
         is_static = row.form == "static"
         if is_static:
             model = slice_blocks(model, CifarResNet(2, inner=0.5))
         recipe = Recipe(row.epochs, lr=0.2, distillation=0.9 if is_static else 0.0, seed=row.seed, **COMMON)
         train_dense(
-            model, self.train_x, self.train_y, recipe, teacher=teacher if is_static else None, augment=crop_and_flip
+            model, self.train_x, self.train_y, recipe, teacher=teacher if is_static else None, augment=shift_and_flip
         )
         return model, recipe
-
-    @torch.no_grad()
-    def _on_other_paths(self, model: nn.Module) -> float:
-        """Accuracy on test images when each runs on the path of the image before it in the batch."""
-        decoupling, n_right = decoupling_of(model), 0
-        for x, y in zip(self.test_x.split(500), self.test_y.split(500), strict=True):
-            model(x)
-            with decoupling.forced({name: gate.roll(1, 0) for name, gate in decoupling.gates().items()}):
-                n_right += int((model(x).argmax(1) == y).sum())
-        return n_right / len(self.test_y)
 
 
 def _smaller(images: Tensor) -> Tensor:
     return F.interpolate(images, size=SIZE, mode="area")
-
-
-def crop_and_flip(images: Tensor) -> Tensor:
-    """Shift each image by up to two pixels and mirror half of them."""
-    n = len(images)
-    padded = F.pad(images, (2, 2, 2, 2))
-    top, left = torch.randint(0, 5, (2, n, 1, 1))
-    rows, columns = top + torch.arange(SIZE).view(1, -1, 1), left + torch.arange(SIZE).view(1, 1, -1)
-    columns = torch.where(torch.rand(n, 1, 1) < 0.5, columns.flip(2), columns)
-    return padded[torch.arange(n).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
 
 
 def main() -> None:

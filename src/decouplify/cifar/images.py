@@ -49,11 +49,11 @@ def normalise(images: Pixels) -> Tensor:
     return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 
 
-def crop_and_flip(images: Tensor) -> Tensor:
-    """Shift each image by up to four pixels and mirror half of them."""
+def crop_and_flip(images: Tensor, reach: int = 4) -> Tensor:
+    """Shift each image (N, C, H, W) by up to so many pixels, with zeros beyond its edges, and mirror half of them."""
     n, _, height, width = images.shape
-    padded = F.pad(images, (4, 4, 4, 4))
-    top, left = torch.randint(0, 9, (2, n, 1, 1), device=images.device)
+    padded = F.pad(images, (reach, reach, reach, reach))
+    top, left = torch.randint(0, 2 * reach + 1, (2, n, 1, 1), device=images.device)
     rows = top + torch.arange(height, device=images.device).view(1, -1, 1)
     columns = left + torch.arange(width, device=images.device).view(1, 1, -1)
     mirrored = torch.rand(n, 1, 1, device=images.device) < 0.5
