@@ -253,15 +253,17 @@ struct PackedJob {
     const int64_t first = input.first_pixel(tile) / conv.out.width * conv.out.row;  // position in an output plane
     alignas(64) float products[kMostFilters * kProductFloats];
     const int n0 = part(call.n_filters, n_groups(), group), n1 = part(call.n_filters, n_groups(), group + 1);
+    const bool tile_fetches = kTilesFetch && fetches;
+    if (fetches && !tile_fetches) fetch_part(call.ahead, group, n_groups());
     const Stream ahead =
-        fetches ? stream_of(call.ahead, group, n_groups(), input.n_rows()) : nothing_ahead(conv.weight);
+        tile_fetches ? stream_of(call.ahead, group, n_groups(), input.n_rows()) : nothing_ahead(conv.weight);
     const int64_t n_outputs = input.last_chunk(tile)[-1].at + kLanes - first;
     const float* outputs[kMostFilters];
     for (int i = n0; i < n1; ++i) outputs[i - n0] = output_of(conv, call, call.filters[i]).out + first;
     // Where there are more lines than channels, or nothing is fetched by and by, all at once.
-    const bool by_and_by = fetches && n_outputs * (n1 - n0) <= input.n_rows() / kChannelsAtOnce * kFloatsPerLine;
+    const bool by_and_by = tile_fetches && n_outputs * (n1 - n0) <= input.n_rows() / kChannelsAtOnce * kFloatsPerLine;
     for (int i = 0; i < n1 - n0 && !by_and_by; ++i) fetch_to_write(outputs[i], n_outputs);
-    input.multiply(tile, n0, n1, fetches, ahead, outputs, by_and_by ? n_outputs : 0, products);
+    input.multiply(tile, n0, n1, tile_fetches, ahead, outputs, by_and_by ? n_outputs : 0, products);
     for (int i = n0; i < n1; ++i) {
       TileOutput to = output_of(conv, call, call.filters[i]);
       to.partial_sum = sums.of(slot, i);
