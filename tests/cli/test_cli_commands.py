@@ -168,11 +168,14 @@ def test_a_checkpoint_gives_the_network_that_was_trained(trained):
 def test_train_prints_a_table_and_a_line_per_epoch(run, trained, tmp_path):
     out = tmp_path / "again.safetensors"
     options = ("--epochs", 0, "--decouple-epochs", 1, "--target", "none", "--batch-size", 40, "--device", "cpu")
+    options += ("--only", "layer[12]*", "--exclude", "*conv2")
     result = run("train", SPEC, "--data", trained.data, "--out", out, "--size", 16, *options)
     assert re.fullmatch(r"decoupling 1/1: loss [\d.]+, accuracy [\d.]+ %, open \d+ %\n", result.stderr)
     assert "Accuracy before decoupling" in result.stdout
     assert "MAC reduction" in result.stdout
-    assert read_record(out)["plan"]["input_size"] == [1, 16, 16]
+    plan = read_record(out)["plan"]
+    assert plan["input_size"] == [1, 16, 16]
+    assert [gate["name"] for gate in plan["gates"]] == ["layer1.0.conv1", "layer2.0.conv1", "layer2.0.downsample.1"]
 
 
 @pytest.mark.parametrize(
@@ -183,13 +186,14 @@ def test_train_prints_a_table_and_a_line_per_epoch(run, trained, tmp_path):
         (("--target", "half"), "error: target='half': a MAC reduction is written like"),
         (("--target", "1.5"), "error: target=1.5: the keep ratio 1.5 is not in"),
         (("--out", "/no/such/directory/x.safetensors"), "error: --out /no/such/directory/x.safetensors: there is no"),
-        (("--sparsity", "-1"), "error: DecouplingLoss: sparsity=-1.0 must be a number >= 0"),
+        (("--sparsity", "-1"), "error: DecouplingRecipe: sparsity=-1.0; a number >= 0 wanted"),
+        (("--only", "nothing*"), r"error: .*nothing\*"),
         (("--device", "abacus"), "error: .*abacus"),
         (("--channels", "2"), "error: channels is 2, wanted 1 or 3"),
     ],
 )
-def test_train_answers_a_mistake_with_one_line(run, trained, tmp_path, options, message):
-    given = {"--data": trained.data, "--out": tmp_path / "x.safetensors", "--epochs": 0, "--decouple-epochs": 1}
+def test_train_answers_a_mistake_with_one_line_before_it_trains(run, trained, tmp_path, options, message):
+    given = {"--data": trained.data, "--out": tmp_path / "x.safetensors", "--epochs": 10**6, "--decouple-epochs": 1}
     given |= {"--batch-size": 40, options[0]: options[1]}
     result = run("train", SPEC, *(part for item in given.items() for part in item), exit_code=2)
     assert re.match(message, error_line(result))
