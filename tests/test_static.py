@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 import decouplify
 from decouplify.errors import VerificationError
 from decouplify.paths import PathSet
-from decouplify.sparse import SparseModel, count_executed_macs, native
+from decouplify.sparse import SparseModel, count_executed_macs, native, profit
+from decouplify.sparse.native import StepKind
 from decouplify.sparse.ops import Controller, SparseConv2d, SparseLinear
 from decouplify.sparse.profit import GateProfit, measure_profits
 from toynets import SIZE, TOYS, Classifier, conv_bn_relu, random_images, randomise_gates, randomise_statistics, run
@@ -227,6 +230,31 @@ def test_the_profit_of_a_gate_is_measured() -> None:
     assert [profit.gate for profit in profits] == [model.decoupling.plan.gates[0].name]
     assert profits[0].saved > profits[0].cost > 0
     assert decouplify.sparsify(model, paths=paths, drop_costly=True).left_open == {}
+
+
+def test_a_machine_that_slows_down_makes_no_gate_look_worth_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the ninth run on everything takes three times as long; gates cost 1 and save 0.5 throughout."""
+    steps = [
+        SimpleNamespace(kind=kind, node=SimpleNamespace(name=name))
+        for kind, name in ((StepKind.CONTROL, "a"), (StepKind.CONVOLUTION, "x"), (StepKind.CONTROL, "b"),
+                           (StepKind.CONVOLUTION, "y"))
+    ]  # fmt: skip
+    n_runs = 0
+
+    def timed(program: object, workspace: object, gates: dict[str, torch.Tensor]) -> list[profit._Timed]:
+        nonlocal n_runs
+        n_runs += 1
+        slow = 3.0 if n_runs >= 9 else 1.0
+        n_open = [int(gates[name].sum()) for name in ("a", "b")]
+        times = [(1.0, 7), (10 + 0.5 * n_open[0], n_open[0]), (1.0, 7), (10 + 0.5 * n_open[1], n_open[1])]
+        return [profit._Timed(slow * seconds, n_macs) for seconds, n_macs in times]
+
+    monkeypatch.setattr(profit, "_timed", timed)
+    program = SimpleNamespace(steps=steps, workspace=contextlib.nullcontext)
+    closed = {"gate a": torch.zeros(1), "gate b": torch.zeros(1)}
+    profits = measure_profits(program, closed, {"a": "gate a", "b": "gate b"})  # type: ignore[arg-type]
+    assert [found.gate for found in profits] == ["gate a", "gate b"]
+    assert all(found.saved == 0.5 * found.cost for found in profits)
 
 
 def test_gates_are_not_judged_without_paths() -> None:
