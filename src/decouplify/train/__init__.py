@@ -1,13 +1,14 @@
 """A small trainer: dense training, then decoupling.
 
 Nothing here is needed to use the library in a loop of one's own; it is what the command line and the examples run. In
-the order of the story: ``recipe`` (how), ``batches`` (on what), ``objective`` (the loss of one batch), ``step`` (one
-update), ``schedule`` (noise, targets), ``importance`` (which gates start closed), ``run`` (epochs, resuming),
-``finish`` (norms and thresholds for evaluation), ``log``.
+the order of the story: ``recipe`` (how), ``batches`` (on what), ``features`` (what a teacher returns on the way to its
+answers), ``objective`` (the loss of one batch), ``step`` (one update), ``schedule`` (noise, targets), ``importance``
+(which gates start closed), ``run`` (epochs, resuming), ``finish`` (norms and thresholds for evaluation), ``log``.
 """
 
 from decouplify.train.batches import LoaderBatches, TensorBatches
 from decouplify.train.evaluation import evaluate
+from decouplify.train.features import feature_distance
 from decouplify.train.finish import calibrate, executed_share, reestimate_norms
 from decouplify.train.importance import close_least_important, importance
 from decouplify.train.log import json_lines, progress_bar, tensorboard, together
@@ -29,6 +30,7 @@ __all__ = [
     "distillation",
     "evaluate",
     "executed_share",
+    "feature_distance",
     "importance",
     "json_lines",
     "progress_bar",

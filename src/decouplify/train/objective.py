@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decouplify.losses import DecouplingLoss
+from decouplify.train.features import common_modules, feature_distance, outputs_of
 from decouplify.train.recipe import Precision, Recipe
 
 __all__ = ["Objective", "distillation"]
@@ -34,7 +35,11 @@ class Objective:
         model: The network in training mode, possibly in DistributedDataParallel.
         recipe: Weights and precision.
         criterion: The decoupling loss, None for dense training.
-        teacher: A network in eval mode whose logits the student shall have, or None.
+        teacher: A network in eval mode whose logits the student shall have, and features if the recipe names any; or
+            None.
+
+    Raises:
+        ValueError: If the recipe names features that student or teacher do not have.
     """
 
     def __init__(
@@ -45,6 +50,10 @@ class Objective:
         teacher: nn.Module | None = None,
     ) -> None:
         self.model, self.recipe, self.criterion, self.teacher = model, recipe, criterion, teacher
+        self._student = model
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self._student = model.module
+        self._taught = () if teacher is None else common_modules(self._student, teacher, recipe.features)
 
     def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and loss and accuracy (for gates also keep_ratio and macs) as detached scalars.
@@ -55,14 +64,16 @@ class Objective:
         """
         if self.recipe.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        taught = None if self.teacher is None else self._answers(self.teacher, x)
-        with self._autocast(x):
+        taught, theirs = (None, {}) if self.teacher is None else self._answers(self.teacher, x)
+        with self._autocast(x), outputs_of(self._student, self._taught) as ours:
             logits = self.model(x)
         if y is None:
             assert taught is not None
             loss, told = self._distance(logits, taught), taught.argmax(1)
         else:
             loss, told = self._task(logits, taught, y), y
+        if self._taught:
+            loss = loss + self.recipe.feature_weight * feature_distance(ours, theirs)
         logged = {"loss": loss.detach(), "accuracy": (logits.argmax(1) == told).float().mean()}
         if self.criterion is not None:
             loss = loss + self.criterion(told)
@@ -71,10 +82,9 @@ class Objective:
         return loss, logged
 
     @torch.no_grad()
-    def _answers(self, teacher: nn.Module, x: Tensor) -> Tensor:
-        with self._autocast(x):
-            logits: Tensor = teacher(x)
-        return logits
+    def _answers(self, teacher: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._autocast(x), outputs_of(teacher, self._taught) as features:
+            return teacher(x), features
 
     def _autocast(self, x: Tensor) -> torch.autocast:
         precision: Precision = self.recipe.precision

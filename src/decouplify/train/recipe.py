@@ -38,6 +38,10 @@ class Recipe:
         distillation: Share of the task's loss that is the distance from the teacher, in [0, 1]; all of it without
             labels, none without a teacher.
         temperature: Of teacher and student in the distillation.
+        features: Globs of modules, such as "layer[123]", that shall return what they return in the teacher; empty: its
+            answers are all that is learnt.
+        feature_weight: Weight of the distance from the teacher's features, see ``feature_distance``; it is added to the
+            task's loss.
         frozen_norms: Keep the network's norms as in evaluation, with the statistics they came with: a few hundred
             images make worse ones than a pretrained network has.
         accumulate: Batches whose gradients are summed into one step.
@@ -60,6 +64,8 @@ class Recipe:
     label_smoothing: float = 0.0
     distillation: float = 0.0
     temperature: float = 4.0
+    features: str | tuple[str, ...] = ()
+    feature_weight: float = 1.0
     frozen_norms: bool = False
     accumulate: int = 1
     precision: Precision = "float32"
@@ -73,6 +79,7 @@ class Recipe:
                 raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)}; at least 1 wanted")
         if self.epochs < 0:
             raise ValueError(f"{type(self).__name__}: epochs={self.epochs}; at least 0 wanted")
+        self._check_weights("feature_weight")
         self._check_shares("label_smoothing", "distillation")
         if self.optimizer not in get_args(Optimizer):
             raise ValueError(f"{type(self).__name__}: optimizer={self.optimizer!r}; 'sgd' or 'adam' wanted")
@@ -81,6 +88,11 @@ class Recipe:
                 f"{type(self).__name__}: cuda_graphs=True goes with neither precision='float16' (its loss scale needs "
                 "the host) nor accumulate > 1; take bfloat16 and a larger batch_size"
             )
+
+    def _check_weights(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)}; a number >= 0 wanted")
 
     def _check_shares(self, *names: str) -> None:
         for name in names:
@@ -141,6 +153,7 @@ class DecouplingRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_weights("mutual_information", "kl", "sparsity", "steering", "gate_lr_factor")
         self._check_shares("hard_share", "ramp_share", "information_ramp_share")
         if self.start not in get_args(Start):
             raise ValueError(f"{type(self).__name__}: start={self.start!r}; 'open' or 'importance' wanted")

@@ -75,14 +75,14 @@ def train_dense(
         stop_after_s: Stop before an epoch that would end later than so many seconds from now; needs ``state``.
 
     Raises:
-        ValueError: If images and labels do not fit each other.
+        ValueError: If images and labels do not fit each other, or features are to be learnt and there is no teacher.
         NonFiniteError: If the loss of an epoch is not finite.
         CheckpointError: If the state is that of another run.
     """
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": recipe.lr}]
     groups[0]["weight_decay"] = recipe.weight_decay
     batches = _batches(model, images, labels, recipe, augment, labelled=True)
-    taught_by = _teacher(model, teacher, needed=recipe.distillation > 0)
+    taught_by = _teacher(model, teacher, recipe)
     return _Run(model, batches, recipe, groups, None, taught_by, progress).run(state, stop_after_s)
 
 
@@ -134,7 +134,7 @@ def decouple(
         check_finite=False,  # once an epoch is enough, and does not wait for the device at every step
     )
     labelled = labels is not None or not (isinstance(images, Tensor) or recipe.distillation == 1)
-    taught_by = _teacher(model, teacher, needed=recipe.distillation > 0 or not labelled)
+    taught_by = _teacher(model, teacher, recipe, labelled)
     if taught_by is None and not labelled:
         raise ValueError("decouple: neither labels nor a teacher to learn from; give labels, or teacher='original'")
     batches = _batches(model, images, labels, recipe, augment, labelled=labelled)
@@ -170,9 +170,13 @@ def _batches(
     )
 
 
-def _teacher(model: nn.Module, teacher: nn.Module | str | None, needed: bool) -> nn.Module | None:
-    """The network whose answers are learnt, in eval mode."""
-    if teacher is None or not needed:
+def _teacher(
+    model: nn.Module, teacher: nn.Module | str | None, recipe: Recipe, labelled: bool = True
+) -> nn.Module | None:
+    """The network that is learnt from, in eval mode, or None where it is not needed."""
+    if teacher is None and recipe.features:
+        raise ValueError(f"training: features={recipe.features!r} are a teacher's, and teacher is None; give a network")
+    if teacher is None or not (recipe.distillation > 0 or recipe.features or not labelled):
         return None
     if isinstance(teacher, str):
         if teacher != "original":
