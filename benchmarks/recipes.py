@@ -40,18 +40,21 @@ shift_and_flip = partial(crop_and_flip, reach=2)
 COMMON: dict[str, Any] = {"batch_size": 128, "weight_decay": 5e-4}
 SHORT: dict[str, Any] = {**USUAL["decoupled"], "warmup_epochs": 1.0}
 FROM_IMPORTANCE = {"start": "importance", "ramp_share": 0.0, "hard_share": 1.0}
+FEATURES = {"features": "layer[123]"}
+A_QUARTER = {**AT_TWINS_RATE, "target": "3.87x"}
 NO_INFORMATION = {"mutual_information": 0.0, "kl": 0.0}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run: the form of the network, how long, and what differs from the usual recipe."""
+    """One run: the form of the network, how long, what differs from the usual recipe, and the static twin's width."""
 
     form: str  # dense, static or decoupled
     epochs: int = 8
     seed: int = 0
     changes: dict[str, Any] = field(default_factory=dict)
     wrapping: dict[str, Any] = field(default_factory=dict)
+    inner: float = 0.5
 
 
 ROWS = {
@@ -68,6 +71,10 @@ ROWS = {
     "inner from importance": Row("decoupled", changes=FROM_IMPORTANCE, wrapping=INNER),
     "static, 16 epochs": Row("static", 16),
     "inner, network at 0.2, 16 epochs": Row("decoupled", 16, changes=AT_TWINS_RATE, wrapping=INNER),
+    "static, a quarter": Row("static", inner=0.25),
+    "inner, network at 0.2, a quarter": Row("decoupled", changes=A_QUARTER, wrapping=INNER),
+    "static, features": Row("static", changes=FEATURES),
+    "inner, network at 0.2, features": Row("decoupled", changes={**AT_TWINS_RATE, **FEATURES}, wrapping=INNER),
 }
 
 
@@ -124,8 +131,9 @@ class Bench:
             return model, how
         is_static = row.form == "static"
         if is_static:
-            model = slice_blocks(model, CifarResNet(2, inner=0.5))
-        recipe = Recipe(row.epochs, lr=0.2, distillation=0.9 if is_static else 0.0, seed=row.seed, **COMMON)
+            model = slice_blocks(model, CifarResNet(2, inner=row.inner))
+        share = 0.9 if is_static else 0.0
+        recipe = Recipe(row.epochs, lr=0.2, distillation=share, seed=row.seed, **{**COMMON, **row.changes})
         train_dense(
             model, self.train_x, self.train_y, recipe, teacher=teacher if is_static else None, augment=shift_and_flip
         )
