@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,14 @@ from torch import Tensor, nn
 
 import decouplify
 from decouplify.cifar import CifarResNet
-from decouplify.train import DecouplingRecipe, close_least_important, decouple, executed_share, importance
+from decouplify.train import (
+    DecouplingRecipe,
+    close_in_rounds,
+    close_least_important,
+    decouple,
+    executed_share,
+    importance,
+)
 
 SIZE = (3, 8, 8)
 
@@ -60,13 +69,13 @@ def test_a_filter_that_nobody_reads_is_worth_nothing(model: nn.Module, images: T
 def test_as_few_filters_start_closed_as_meet_the_target(model: nn.Module, images: Tensor) -> None:
     important = importance(model, [(images, None)])
     values, costs = flat(model, important), model.decoupling.costs
-    n_closed = close_least_important(model, important, 0.6)
+    closed = flat(model, close_least_important(model, important, 0.6))
     with torch.no_grad():
         model(images)
     z = model.decoupling.path()
     # New controllers add a little that differs between images to the bias; most gates obey the bias alone.
     biases = torch.cat([c.fc2.bias for c in model.decoupling.controllers.values()])
-    assert int((biases <= 0).sum()) == n_closed
+    assert torch.equal(biases <= 0, closed)
     assert (z.float().mean(0) > 0.5).eq(biases > 0).float().mean() > 0.9
     start = (biases > 0).double()[None]
     assert float(costs.executed(start)) <= 0.6 * costs.n_dense
@@ -76,9 +85,73 @@ def test_as_few_filters_start_closed_as_meet_the_target(model: nn.Module, images
     assert float(values[biases <= 0].mean()) < float(values[biases > 0].mean())
 
 
-def test_a_run_starts_there(model: nn.Module, images: Tensor) -> None:
+def test_what_is_closed_already_counts_as_closed(model: nn.Module, images: Tensor) -> None:
+    """Of two filters that do the same, one is worth little beside the other, and much without."""
+    block = model.layer2[0]
+    for parameter in (block.conv1.weight, block.bn1.weight, block.bn1.bias):
+        parameter.data[1] = parameter.data[0]
+    block.conv2.weight.data[:, 1] = block.conv2.weight.data[:, 0]
+    closed = {"layer2.0.conv1": torch.arange(8) == 0}
+
+    def found(closed: dict[str, Tensor] | None = None) -> Tensor:
+        torch.manual_seed(0)  # the same answers are drawn
+        return importance(model, [(images, None)], closed=closed)["layer2.0.conv1"][1:]
+
+    both, single = found(), found(closed)
+    with torch.no_grad(), model.decoupling.forced({"layer2.0.conv1": (torch.arange(8) != 0).float()}):
+        expected = model(images)
+    block.conv2.weight.data[:, 0] = 0  # as good as closed
+    with torch.no_grad(), model.decoupling.forced({"layer2.0.conv1": torch.ones(8)}):
+        torch.testing.assert_close(model(images), expected)
+    torch.testing.assert_close(single, found(), rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(both, single, rtol=0.05)
+
+
+def test_what_is_closed_stays_so_where_others_are_worth_nothing(model: nn.Module) -> None:
+    gates = model.decoupling.plan.gates
+    nothing = {gate.name: torch.zeros(gate.n_filters) for gate in gates}
+    last = {gate.name: torch.arange(gate.n_filters) == gate.n_filters - 1 for gate in gates}
+    closed = close_least_important(model, nothing, 0.7, last)
+    assert bool(flat(model, closed)[flat(model, last)].all())
+
+
+def test_rounds_leave_closed_what_is_closed_and_judge_the_others_without(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Tensor]] = []
+    judged_without: list[int] = []
+
+    def counted(model: nn.Module, batches: object, **options: dict[str, Tensor]) -> dict[str, Tensor]:
+        judged_without.append(int(sum(mask.sum() for mask in options["closed"].values())))
+        return importance(model, batches, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sys.modules["decouplify.train.importance"], "importance", counted)
+
+    def batches() -> list[tuple[Tensor, None]]:
+        biases = {g.name: c.fc2.bias.clone() for g, c in zip(model.decoupling.plan.gates, controllers, strict=True)}
+        asked.append(biases)
+        return [(images, None)]
+
+    controllers = list(model.decoupling.controllers.values())
+    costs = model.decoupling.costs
+    closed = flat(model, close_in_rounds(model, batches, 0.5, 3))
+    first, second, third = (flat(model, biases) for biases in asked)
+    last = torch.cat([c.fc2.bias for c in controllers])
+    assert bool((first > 0).all())
+    for before, after, share in ((first, second, 5 / 6), (second, third, 4 / 6), (third, last, 0.5)):
+        assert torch.equal(after[before <= 0], before[before <= 0])
+        assert float(costs.executed((after > 0).double()[None])) <= share * costs.n_dense
+        assert int((after <= 0).sum()) > int((before <= 0).sum())
+    assert torch.equal(last <= 0, closed)
+    assert judged_without == [0, int((second <= 0).sum()), int((third <= 0).sum())]
+
+
+@pytest.mark.parametrize("n_rounds", [1, 3])
+def test_a_run_starts_there(model: nn.Module, images: Tensor, n_rounds: int) -> None:
     before = {name: p.clone() for name, p in model.named_parameters()}
-    recipe = DecouplingRecipe(0, target="1.5x", start="importance", norm_batches=2, batch_size=16)
+    recipe = DecouplingRecipe(
+        0, target="1.5x", start="importance", start_rounds=n_rounds, norm_batches=2, batch_size=16
+    )
     decouple(model, images, None, recipe)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if name.endswith("fc2.bias")}

@@ -41,6 +41,7 @@ def test_ramps_end_at_one() -> None:
         ({"epochs": -1}, "epochs=-1; at least 0"),
         ({"label_smoothing": 1.5}, r"label_smoothing=1.5 is not in \[0, 1\]"),
         ({"feature_weight": -1.0}, "feature_weight=-1.0; a number >= 0"),
+        ({"start_rounds": 0}, "start_rounds=0; at least 1"),
         ({"kl": float("nan")}, "kl=nan; a number >= 0"),
         ({"hard_share": -0.1}, r"hard_share=-0.1 is not in \[0, 1\]"),
         ({"cuda_graphs": True, "precision": "float16"}, "take bfloat16"),

@@ -10,7 +10,7 @@ from decouplify.train.batches import LoaderBatches, TensorBatches
 from decouplify.train.evaluation import evaluate
 from decouplify.train.features import feature_distance
 from decouplify.train.finish import calibrate, executed_share, reestimate_norms
-from decouplify.train.importance import close_least_important, importance
+from decouplify.train.importance import close_in_rounds, close_least_important, importance
 from decouplify.train.log import json_lines, progress_bar, tensorboard, together
 from decouplify.train.objective import distillation
 from decouplify.train.recipe import DecouplingRecipe, Recipe
@@ -25,6 +25,7 @@ __all__ = [
     "Recipe",
     "TensorBatches",
     "calibrate",
+    "close_in_rounds",
     "close_least_important",
     "decouple",
     "distillation",

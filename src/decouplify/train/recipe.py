@@ -127,6 +127,8 @@ class DecouplingRecipe(Recipe):
         start: "open": all gates begin as ``wrap`` sets them; "importance": those of the filters that matter least begin
             closed, as many as meet a MAC target (see ``close_least_important``). For short runs, which would otherwise
             close filters that are merely close to their threshold; go on with ``hard_share=1`` and ``ramp_share=0``.
+        start_rounds: In how many shares they are closed, what is left being judged anew after each. More cost as many
+            passes over ``norm_batches``, and the answers start nearer to the teacher's.
         trained: Which parameters learn: all, gates and the affine parameters of norms, or gates alone.
         norm_batches: Batches from which the norms' statistics are estimated again at the end, with binary gates.
         calibrate: Shift all thresholds at the end, so that the executed MACs of training images meet a MAC target.
@@ -147,6 +149,7 @@ class DecouplingRecipe(Recipe):
     ramp_share: float = 0.3
     information_ramp_share: float = 0.0
     start: Start = "open"
+    start_rounds: int = 1
     trained: Trained = "all"
     norm_batches: int = 50
     calibrate: bool = True
@@ -155,6 +158,8 @@ class DecouplingRecipe(Recipe):
         super().__post_init__()
         self._check_weights("mutual_information", "kl", "sparsity", "steering", "gate_lr_factor")
         self._check_shares("hard_share", "ramp_share", "information_ramp_share")
+        if self.start_rounds < 1:
+            raise ValueError(f"{type(self).__name__}: start_rounds={self.start_rounds}; at least 1 wanted")
         if self.start not in get_args(Start):
             raise ValueError(f"{type(self).__name__}: start={self.start!r}; 'open' or 'importance' wanted")
 

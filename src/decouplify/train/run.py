@@ -19,7 +19,7 @@ from decouplify.errors import NonFiniteError
 from decouplify.losses import DecouplingLoss, parameter_groups
 from decouplify.train.batches import Augment, Batches, batches_of
 from decouplify.train.finish import calibrate, executed_share, norms_of, reestimate_norms
-from decouplify.train.importance import close_least_important, importance
+from decouplify.train.importance import close_in_rounds
 from decouplify.train.log import Progress
 from decouplify.train.objective import Objective
 from decouplify.train.recipe import DecouplingRecipe, Recipe
@@ -279,8 +279,13 @@ class _Run:
                 f"decouple: start='importance' needs a target in MACs; target={self.recipe.target!r} given, '2.0x' for "
                 "instance wanted"
             )
-        batches = islice(self.batches.epoch(0), self.recipe.norm_batches)
-        close_least_important(self.model, importance(self.model, batches), self.criterion.target_macs)
+        recipe = self.recipe
+        close_in_rounds(
+            self.model,
+            lambda: islice(self.batches.epoch(0), recipe.norm_batches),
+            self.criterion.target_macs,
+            recipe.start_rounds,
+        )
 
     @staticmethod
     def _ends_late(history: History, start: float, stop_after_s: float) -> bool:
