@@ -109,19 +109,31 @@ def test_features_that_are_not_there_are_refused(images: Tensor, features: Any, 
         decouple(wrapped(), images, torch.zeros(48).long(), recipe(features=features), teacher=teacher)
 
 
-def test_a_module_that_returns_no_tensor_is_refused(images: Tensor) -> None:
-    class Pair(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
+class Beside(nn.Module):
+    """Beside its answer a pair, and an auxiliary head in training mode alone."""
 
-    class Paired(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pair, self.fc = Pair(), nn.Linear(192, 4)
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.aux, self.fc = Pair(), nn.Linear(192, 4), nn.Linear(192, 4)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.pair(x.flatten(1))[0])
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.pair(x.flatten(1))
+        return self.fc(x) + (self.aux(x) if self.training else 0)
 
-    how = Recipe(1, batch_size=16, features="pair")
-    with pytest.raises(ValueError, match="'pair' returns a tuple; a module that returns one tensor wanted"):
-        train_dense(Paired(), images, torch.zeros(48).long(), how, teacher=Paired())
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ("pair", "'pair' returns a tuple; a module that returns one tensor wanted"),
+        ("aux", "'aux' does not run in eval mode; name modules that do in both networks"),
+    ],
+)
+def test_modules_without_a_feature_are_refused(images: Tensor, features: str, message: str) -> None:
+    how = Recipe(1, batch_size=16, features=features)
+    with pytest.raises(ValueError, match=message):
+        train_dense(Beside(), images, torch.zeros(48).long(), how, teacher=Beside())

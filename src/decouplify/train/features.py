@@ -46,7 +46,11 @@ def common_modules(student: nn.Module, teacher: nn.Module, patterns: str | Seque
 
 @contextmanager
 def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[Outputs]:
-    """Collects what the named modules return while the context lasts; of one that runs several times, the last."""
+    """Collects what the named modules return while the context lasts; of one that runs several times, the last.
+
+    Raises:
+        ValueError: If a module returns something else than a tensor, or did not run by the end.
+    """
     outputs: Outputs = {}
 
     def keep(name: str, output: Any) -> None:
@@ -63,6 +67,9 @@ def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[Outputs]:
             )
             hooks.callback(hook.remove)
         yield outputs
+    if missing := [name for name in names if name not in outputs]:
+        mode = "training" if model.training else "eval"
+        raise ValueError(f"features: {missing[0]!r} does not run in {mode} mode; name modules that do in both networks")
 
 
 def feature_distance(features: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> Tensor:
