@@ -72,6 +72,7 @@ def learn_gates(model: nn.Module, images: Tensor, epochs: int, lr: float, target
         epochs,
         target=target,
         start="importance",
+        start_rounds=4,
         optimizer="adam",
         lr=lr,
         gate_lr_factor=20.0,
