@@ -27,7 +27,7 @@ from decouplify import aten
 from decouplify.errors import TraceError
 from decouplify.modes import uncollected
 
-__all__ = ["ModuleCall", "Trace", "copy_sharing_tensors", "default_input_size", "trace"]
+__all__ = ["ModuleCall", "Trace", "copy_sharing_tensors", "default_input_size", "quiet_fake_tensors", "trace"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def trace(model: nn.Module, input_size: tuple[int, ...]) -> Trace:
         TraceError: If the model does not run on this size, or its control flow depends on values of the features.
     """
     try:
-        with _quiet_fake_tensors(), uncollected():
+        with quiet_fake_tensors(), uncollected():
             return _record(model, input_size, fake=True)
     except Exception as fake_error:  # anything a forward may raise; the real run below tells apart whose fault it is
         try:
@@ -164,8 +164,8 @@ def _record(model: nn.Module, input_size: tuple[int, ...], fake: bool) -> Trace:
 
 
 @contextmanager
-def _quiet_fake_tensors() -> Iterator[None]:
-    """Fake tensors log a traceback when an operator fails, although the error is raised, and here tried again."""
+def quiet_fake_tensors() -> Iterator[None]:
+    """Fake tensors log a traceback when an operator fails, although the error is raised for the caller to deal with."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +10,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import decouplify
+from decouplify.trace import quiet_fake_tensors
 
 __all__ = ["app"]
 
@@ -24,7 +22,7 @@ class _Group(TyperGroup):
         if ctx.params.get("debug"):
             return super().invoke(ctx)
         try:
-            with _quiet_torch():
+            with quiet_fake_tensors():
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):  # the first two are RuntimeErrors
             raise
@@ -35,18 +33,6 @@ class _Group(TyperGroup):
             if rest:
                 console.print(Text(rest), soft_wrap=True)
             raise typer.Exit(2) from error
-
-
-@contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """Torch logs a traceback of its own when a model does not run on an image size; our message says it in a line."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 app = typer.Typer(
