@@ -183,6 +183,8 @@ def test_bad_requests_are_refused_and_change_nothing(model: nn.Module, images: T
         importance(model, [])
     with pytest.raises(ValueError, match=r"target_macs=1\.5"):
         close_least_important(model, {}, 1.5)
+    with pytest.raises(ValueError, match="n_rounds=0; at least 1"):
+        close_in_rounds(model, lambda: [(images, None)], 0.5, 0)
     with pytest.raises(ValueError, match="needs a target in MACs"):
         decouple(model, images, None, DecouplingRecipe(0, target=0.5, start="importance"))
     with pytest.raises(ValueError, match="start='closed'"):

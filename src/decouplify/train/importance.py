@@ -137,11 +137,16 @@ def close_in_rounds(
     What a filter is worth depends on which others are there.
 
     Args:
-        model: See ``close_least_important``, as for what is raised and what comes back.
+        model: See ``close_least_important``, as for what comes back.
         batches: Gives the images of a round, see ``importance``.
         target_macs: Share of the dense MACs that shall be executed in the end, in (0, 1].
         n_rounds: In how many shares of equal MACs.
+
+    Raises:
+        ValueError: If there are no rounds, and as ``importance`` and ``close_least_important``.
     """
+    if n_rounds < 1:
+        raise ValueError(f"close_in_rounds: n_rounds={n_rounds}; at least 1 wanted")
     closed: dict[str, Tensor] = {}
     for i in range(n_rounds):
         important = importance(model, batches(), closed=closed)
