@@ -59,11 +59,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "start in rounds": {"epochs": 0, "start_rounds": 4},
     "all in rounds": {"start_rounds": 4},
     "all in rounds, features": {"start_rounds": 4, "features": "blocks.?.?"},
+    "start, reconstructed": {"epochs": 0, "start_rounds": 4, "reconstruct": True},
+    "all, reconstructed": {"start_rounds": 4, "reconstruct": True, "gate_lr_factor": 2.0},
 }
 ROWS = [
     *((form, "1.3x") for form in FORMS),
     *((form, target) for target in ("1.1x", "1.2x", "1.5x", "2.0x") for form in ("start", "all")),
     *((form, target) for target in ("1.5x", "2.0x") for form in ("start in rounds", "all in rounds")),
+    *((f"{form}, reconstructed", target) for target in ("1.1x", "1.2x", "1.5x", "2.0x") for form in ("start", "all")),
 ]
 
 

@@ -26,7 +26,7 @@ from decouplify.selfcheck import (
 from decouplify.sites import Matching, match
 from decouplify.trace import Trace, default_input_size, trace
 
-__all__ = ["inspect", "record_and_match", "unwrap", "wrap"]
+__all__ = ["inspect", "record_again", "record_and_match", "unwrap", "wrap"]
 
 
 def inspect(
@@ -174,6 +174,21 @@ def record_and_match(model: nn.Module, input_size: tuple[int, ...] | None, optio
         linears = any(name_of(node) == "linear" for node in recorded.graph.nodes)
         hint = "; its linear layers on (N, H, W, C) maps can be gated with linear_as_conv=True" if linears else ""
         raise PlanError(f"{type(model).__name__} runs no convolution, so there is nothing to gate{hint}")
+    return recorded, matching
+
+
+def record_again(model: nn.Module, input_size: tuple[int, ...], plan: Plan, caller: str) -> tuple[Trace, Matching]:
+    """``record_and_match`` of a model that has been wrapped, and unwrapped, on images of perhaps another size.
+
+    Raises:
+        ValueError: If it has other gates on these images than in its plan, besides what ``record_and_match`` raises.
+    """
+    recorded, matching = record_and_match(model, input_size, plan.options)
+    if [(g.name, g.n_filters) for g in matching.plan.gates] != [(g.name, g.n_filters) for g in plan.gates]:
+        raise ValueError(
+            f"{caller}: on images of size {tuple(input_size)} the model runs other convolutions than on "
+            f"{plan.input_size}, for which it was wrapped; resize the images"
+        )
     return recorded, matching
 
 

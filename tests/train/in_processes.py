@@ -19,7 +19,9 @@ def main(directory: Path) -> None:
     torch.manual_seed(0)
     model = decouplify.wrap(CifarResNet(1, n_classes=4, width=4), (3, 8, 8), input_norm=True, verify=False)
     images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    recipe = DecouplingRecipe(2, batch_size=16, target="1.5x", start="importance", norm_batches=2, features="layer*")
+    recipe = DecouplingRecipe(
+        2, batch_size=16, target="1.5x", start="importance", reconstruct=True, norm_batches=2, features="layer*"
+    )
     history = decouple(
         model,
         images,

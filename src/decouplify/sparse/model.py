@@ -24,7 +24,7 @@ from decouplify.sparse.profit import GateProfit, measure_profits
 from decouplify.sparse.static import Assumptions, Habits, lower_statically
 from decouplify.sparse.translate import obstacle
 from decouplify.sparse.tuning import choose_algorithms
-from decouplify.surgery import record_and_match, unwrap
+from decouplify.surgery import record_again, unwrap
 from decouplify.trace import copy_sharing_tensors
 
 __all__ = ["Mode", "SparseModel", "backend", "sparsify"]
@@ -241,8 +241,7 @@ class SparseModel(nn.Module):
         """The sparse form for one image size (C, H, W)."""
         with self._lock:
             if size not in self._lowered:
-                recorded, matching = record_and_match(self._source[0], size, self.plan.options)
-                _check_same_gates(self.plan, matching.plan, size)
+                recorded, matching = record_again(self._source[0], size, self.plan, "SparseModel")
                 if self._habits is None:
                     self._lowered[size] = lower(recorded, matching, self._decoupling[0])
                 else:
@@ -349,16 +348,6 @@ def _stack(results: list[Any]) -> Any:
         raise ValueError("SparseModel: the model returns a number for the whole batch; give it one image at a time")
     joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)]
     return pytree.tree_unflatten(joined, structure)
-
-
-def _check_same_gates(wrapped: Any, found: Any, size: tuple[int, ...]) -> None:
-    ours = [(g.name, g.n_filters) for g in wrapped.gates]
-    theirs = [(g.name, g.n_filters) for g in found.gates]
-    if ours != theirs:
-        raise ValueError(
-            f"SparseModel: on images of size {size} the model runs other convolutions than on {wrapped.input_size}, "
-            "for which it was wrapped; resize the images"
-        )
 
 
 def _operator_name(node: Node) -> str:

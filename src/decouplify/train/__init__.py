@@ -3,7 +3,8 @@
 Nothing here is needed to use the library in a loop of one's own; it is what the command line and the examples run. In
 the order of the story: ``recipe`` (how), ``batches`` (on what), ``features`` (what a teacher returns on the way to its
 answers), ``objective`` (the loss of one batch), ``step`` (one update), ``schedule`` (noise, targets), ``importance``
-(which gates start closed), ``run`` (epochs, resuming), ``finish`` (norms and thresholds for evaluation), ``log``.
+(which gates start closed), ``moments``, ``replay`` and ``reconstruct`` (weights for what is left), ``run`` (epochs,
+resuming), ``finish`` (norms and thresholds for evaluation), ``log``.
 """
 
 from decouplify.train.batches import LoaderBatches, TensorBatches
@@ -14,6 +15,7 @@ from decouplify.train.importance import close_in_rounds, close_least_important, 
 from decouplify.train.log import json_lines, progress_bar, tensorboard, together
 from decouplify.train.objective import distillation
 from decouplify.train.recipe import DecouplingRecipe, Recipe
+from decouplify.train.reconstruct import Reconstruction
 from decouplify.train.run import History, decouple, train_dense
 from decouplify.train.schedule import GateSchedule
 
@@ -23,6 +25,7 @@ __all__ = [
     "History",
     "LoaderBatches",
     "Recipe",
+    "Reconstruction",
     "TensorBatches",
     "calibrate",
     "close_in_rounds",

@@ -130,7 +130,10 @@ def close_least_important(
 
 
 def close_in_rounds(
-    model: nn.Module, batches: Callable[[], Iterable[Batch]], target_macs: float, n_rounds: int = 1
+    model: nn.Module,
+    batches: Callable[[], Iterable[Batch]],
+    target_macs: float,
+    n_rounds: int = 1,
 ) -> dict[str, Tensor]:
     """Close filters a share at a time, and ask anew after each what those that are left are worth.
 

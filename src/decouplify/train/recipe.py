@@ -129,6 +129,9 @@ class DecouplingRecipe(Recipe):
             close filters that are merely close to their threshold; go on with ``hard_share=1`` and ``ramp_share=0``.
         start_rounds: In how many shares they are closed, what is left being judged anew after each. More cost as many
             passes over ``norm_batches``, and the answers start nearer to the teacher's.
+        reconstruct: Fit the weights to what starts closed, so that layers return what they did before (see
+            ``Reconstruction``); on at most 512 of the images, as they are. Short runs then go best with controllers
+            that move little, such as ``gate_lr_factor=2``.
         trained: Which parameters learn: all, gates and the affine parameters of norms, or gates alone.
         norm_batches: Batches from which the norms' statistics are estimated again at the end, with binary gates.
         calibrate: Shift all thresholds at the end, so that the executed MACs of training images meet a MAC target.
@@ -150,6 +153,7 @@ class DecouplingRecipe(Recipe):
     information_ramp_share: float = 0.0
     start: Start = "open"
     start_rounds: int = 1
+    reconstruct: bool = False
     trained: Trained = "all"
     norm_batches: int = 50
     calibrate: bool = True
@@ -162,6 +166,11 @@ class DecouplingRecipe(Recipe):
             raise ValueError(f"{type(self).__name__}: start_rounds={self.start_rounds}; at least 1 wanted")
         if self.start not in get_args(Start):
             raise ValueError(f"{type(self).__name__}: start={self.start!r}; 'open' or 'importance' wanted")
+        if self.reconstruct and (self.start != "importance" or self.trained != "all"):
+            raise ValueError(
+                f"{type(self).__name__}: reconstruct=True fits all weights to gates that start closed; "
+                f"start='importance' and trained='all' wanted, start={self.start!r} and trained={self.trained!r} given"
+            )
 
     def is_hard(self, progress: float) -> bool:
         """Whether gates are binary after a share ``progress`` of the run."""

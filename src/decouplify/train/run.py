@@ -23,6 +23,7 @@ from decouplify.train.importance import close_in_rounds
 from decouplify.train.log import Progress
 from decouplify.train.objective import Objective
 from decouplify.train.recipe import DecouplingRecipe, Recipe
+from decouplify.train.reconstruct import Reconstruction
 from decouplify.train.schedule import GateSchedule, put
 from decouplify.train.state import read_state, rng_state, set_rng_state, write_state
 from decouplify.train.step import EagerStep, GraphedStep, Step
@@ -30,6 +31,7 @@ from decouplify.train.step import EagerStep, GraphedStep, Step
 __all__ = ["History", "decouple", "train_dense"]
 
 _N_MEASURED = 8  # batches on which the executed MACs are measured after an epoch
+_N_RECONSTRUCTED = 512  # images that weights are fitted to
 
 
 @dataclass
@@ -279,13 +281,15 @@ class _Run:
                 f"decouple: start='importance' needs a target in MACs; target={self.recipe.target!r} given, '2.0x' for "
                 "instance wanted"
             )
-        recipe = self.recipe
-        close_in_rounds(
-            self.model,
-            lambda: islice(self.batches.epoch(0), recipe.norm_batches),
-            self.criterion.target_macs,
-            recipe.start_rounds,
+        recipe, share = self.recipe, self.criterion.target_macs
+        closed = close_in_rounds(
+            self.model, lambda: islice(self.batches.epoch(0), recipe.norm_batches), share, recipe.start_rounds
         )
+        if recipe.reconstruct:
+            n_batches = math.ceil(_N_RECONSTRUCTED / recipe.batch_size)
+            batches = islice(self.batches.epoch(0, augmented=False), n_batches)
+            images = torch.cat([x for x, _ in batches])[:_N_RECONSTRUCTED]
+            Reconstruction(self.model, images)({name: (~mask).float() for name, mask in closed.items()})
 
     @staticmethod
     def _ends_late(history: History, start: float, stop_after_s: float) -> bool:
