@@ -131,10 +131,11 @@ def replayed(model: nn.Module, images: Tensor, gates: dict[str, Tensor]) -> list
     return [replay.result(last, values) for values in replay.values_before(last)]
 
 
+TWO_GATES_AT_ONE_END = NetSpec(3, ((BLOCKS.index(MixedBranches), 4, Spec()),), "linear", 9, 0)
+
+
 @given(net_specs, st.booleans())
-@example(
-    spec=NetSpec(3, ((BLOCKS.index(MixedBranches), 4, Spec()),), "linear", 9, 0), keeps=True
-)  # two gates at one end
+@example(spec=TWO_GATES_AT_ONE_END, keeps=True)
 def test_it_returns_what_the_network_does(spec: NetSpec, keeps: bool) -> None:
     try:
         model = decouplify.wrap(build(spec), (3, spec.size, spec.size), verify=False)
