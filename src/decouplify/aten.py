@@ -42,12 +42,14 @@ __all__ = [
     "has_fixed_statistics",
     "is_global_pool",
     "is_padded_view_of",
+    "is_plain_add",
     "is_random",
     "is_spatial_zero_pad",
     "is_transposed",
     "is_unpadded",
     "is_zero_preserving",
     "name_of",
+    "pair",
     "tensor_inputs",
     "value_of",
 ]
@@ -236,19 +238,24 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
 
 def conv_arguments(node: Node) -> tuple[list[int], list[int] | str, list[int], int]:
     """Stride, padding, dilation and groups of a 2-D convolution node; padding may be "same" or "valid"."""
-
-    def pair(value: Any) -> Any:
-        if isinstance(value, str):
-            return value
-        items = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
-        return items * 2 if len(items) == 1 else items
-
+    padding = argument(node, "padding", 0)
     return (
-        pair(argument(node, "stride", 1)),
-        pair(argument(node, "padding", 0)),
-        pair(argument(node, "dilation", 1)),
+        list(pair(argument(node, "stride", 1))),
+        padding if isinstance(padding, str) else list(pair(padding)),
+        list(pair(argument(node, "dilation", 1))),
         int(argument(node, "groups", 1)),
     )
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Rows and columns of an argument that is one number, or a sequence of one or two."""
+    items = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+    return items[0], items[-1]
+
+
+def is_plain_add(node: Node) -> bool:
+    """Whether a node adds its two operands as they are."""
+    return len(node.args) == 2 and argument(node, "alpha", 1) == 1
 
 
 def is_zero_preserving(node: Node) -> bool:

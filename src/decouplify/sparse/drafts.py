@@ -87,6 +87,16 @@ class Map:
         return owner, offset + self.offset
 
 
+def new_map(shape: tuple[int, ...], act: Act = IDENTITY) -> Map:
+    """A map, or a vector if the shape is (1, F)."""
+    return Map(shape, shape[1], (shape[2], shape[3]) if len(shape) == 4 else None, act.bounds)
+
+
+def with_zero(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Bounds that also hold for channels that do not exist, or for padding."""
+    return min(bounds[0], 0.0), max(bounds[1], 0.0)
+
+
 @dataclass(frozen=True)
 class Sliding:
     """A window and how it moves: rows and columns each; padding above and to the left."""

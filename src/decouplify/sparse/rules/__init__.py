@@ -1,0 +1,1 @@
+"""Rules: what emits the engine's steps for one node of the graph, by kind of node."""
