@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from decouplify import cpu
 
@@ -39,3 +40,13 @@ def test_without_a_list_of_processors_it_is_what_python_knows(tmp_path: Path, mo
     monkeypatch.setattr(cpu, "_INFO", tmp_path / "nothing")
     monkeypatch.setattr(platform, "processor", lambda: "")
     assert cpu.cpu_name() == platform.machine()
+
+
+def test_any_processor_computes_in_single_and_double_precision() -> None:
+    assert all(cpu.computes_in(dtype) for dtype in (torch.float32, torch.float64))
+
+
+@pytest.mark.parametrize("answer", [False, True])
+def test_torch_is_asked_about_half_precision(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: answer)
+    assert cpu.computes_in(torch.bfloat16) is answer

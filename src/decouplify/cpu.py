@@ -1,4 +1,4 @@
-"""The name of this CPU, exact enough that two machines of one name compute alike."""
+"""This CPU: a name exact enough that two machines of one name compute alike, and what it can compute with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import functools
 import platform
 from pathlib import Path
 
-__all__ = ["cpu_name"]
+import torch
+
+__all__ = ["computes_in", "cpu_name"]
 
 _INFO = Path("/proc/cpuinfo")
 
@@ -26,6 +28,13 @@ def cpu_name() -> str:
     labels = {"family": "cpu family", "model": "model", "part": "CPU part"}  # the last one on ARM
     numbers = [f"{label} {fields[key]}" for label, key in labels.items() if fields.get(key)]
     return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def computes_in(dtype: torch.dtype) -> bool:
+    """Whether torch's convolutions have instructions for this type here, rather than converting every value."""
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    found = None if asked is None else getattr(torch.ops.mkldnn, asked, None)
+    return found is None or bool(found())
 
 
 def _field(line: str) -> tuple[str, str]:

@@ -15,7 +15,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import decouplify
 from decouplify.cifar import CifarResNet, crop_and_flip
 from decouplify.errors import CheckpointError, NonFiniteError
-from decouplify.train import DecouplingRecipe, Recipe, decouple, distillation, evaluate, json_lines, train_dense
+from decouplify.train import (
+    DecouplingRecipe,
+    Recipe,
+    decouple,
+    distillation,
+    evaluate,
+    json_lines,
+    objective,
+    train_dense,
+)
 
 N = 48
 
@@ -171,12 +180,26 @@ def test_a_loader_trains_as_tensors_do(images: tuple[Tensor, Tensor]) -> None:
         train_dense(CifarResNet(1, n_classes=4, width=2), (batch for batch in loader), None, Recipe(1, batch_size=16))
 
 
+@pytest.mark.filterwarnings("ignore:training. this processor has no instructions")
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision_trains(images: tuple[Tensor, Tensor], precision: Any) -> None:
     model = wrapped()
     history = decouple(model, *images, recipe(epochs=1, precision=precision, channels_last=True))
     assert history.finished
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_it_says_where_half_precision_is_emulated(
+    images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, half = CifarResNet(1, n_classes=4, width=2), Recipe(1, batch_size=16, precision="bfloat16")
+    monkeypatch.setattr(objective, "computes_in", lambda dtype: dtype == torch.float32)
+    with pytest.warns(UserWarning, match=r"no instructions for precision='bfloat16'.* precision='float32'") as warned:
+        train_dense(model, *images, half)
+    assert warned[0].filename == __file__
+    train_dense(model, *images, Recipe(1, batch_size=16))
+    monkeypatch.setattr(objective, "computes_in", lambda dtype: True)
+    train_dense(model, *images, half)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(images: tuple[Tensor, Tensor]) -> None:

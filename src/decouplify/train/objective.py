@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decouplify.cpu import computes_in
 from decouplify.losses import DecouplingLoss
 from decouplify.train.features import common_modules, feature_distance, outputs_of
 from decouplify.train.recipe import Precision, Recipe
@@ -54,6 +57,12 @@ class Objective:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._student = model.module
         self._taught = () if teacher is None else common_modules(self._student, teacher, recipe.features)
+        if next(model.parameters()).device.type == "cpu" and not computes_in(_DTYPES[recipe.precision]):
+            warnings.warn(
+                f"training: this processor has no instructions for precision={recipe.precision!r}, so torch takes many "
+                "times longer than with precision='float32'",
+                stacklevel=4,
+            )
 
     def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and loss and accuracy (for gates also keep_ratio and macs) as detached scalars.
