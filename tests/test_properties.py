@@ -72,7 +72,7 @@ def test_open_gates_change_no_bit_and_unwrapping_gives_the_original(spec: NetSpe
 
 @given(net_specs)
 @example(NetSpec(3, ((BLOCKS.index(Residual), 5, Spec(bias=True, stride=2)),), "linear", 9, 0))  # padded shortcut
-@example(NetSpec(3, ((BLOCKS.index(MixedBranches), 4, Spec()),), "linear", 9, 0))  # two gates at one end
+@example(NetSpec(3, ((BLOCKS.index(MixedBranches), 4, Spec()),), "linear", 9, 0))  # a gate at two ends
 def test_masked_and_sparse_form_agree_and_cost_what_was_counted(spec: NetSpec) -> None:
     net = wrapped(spec).double()
     randomise_gates(net, spec.seed)

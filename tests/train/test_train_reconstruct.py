@@ -131,11 +131,11 @@ def replayed(model: nn.Module, images: Tensor, gates: dict[str, Tensor]) -> list
     return [replay.result(last, values) for values in replay.values_before(last)]
 
 
-TWO_GATES_AT_ONE_END = NetSpec(3, ((BLOCKS.index(MixedBranches), 4, Spec()),), "linear", 9, 0)
+A_GATE_AT_TWO_ENDS = NetSpec(3, ((BLOCKS.index(MixedBranches), 4, Spec()),), "linear", 9, 0)
 
 
 @given(net_specs, st.booleans())
-@example(spec=TWO_GATES_AT_ONE_END, keeps=True)
+@example(spec=A_GATE_AT_TWO_ENDS, keeps=True)
 def test_it_returns_what_the_network_does(spec: NetSpec, keeps: bool) -> None:
     try:
         model = decouplify.wrap(build(spec), (3, spec.size, spec.size), verify=False)
@@ -143,6 +143,8 @@ def test_it_returns_what_the_network_does(spec: NetSpec, keeps: bool) -> None:
         return
     images = random_images(4, (3, spec.size, spec.size))
     gates = random_gates(model, 4)
+    ends = [end for gate in model.decoupling.plan.gates for end in gate.ends]
+    assert len(ends) == len(set(ends))
     with pytest.MonkeyPatch.context() as patch:
         if not keeps:
             patch.setattr("decouplify.train.replay._MEMORY", 0)

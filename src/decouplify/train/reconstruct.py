@@ -108,14 +108,13 @@ class Reconstruction:
             self._fit(layer, *self._moments(layer, taught, student))
 
     def _gated(self, gates: Mapping[str, Tensor]) -> dict[Node, GatedNode]:
-        """What multiplies which node; several gates may meet in one."""
+        """What multiplies which node; a plan has no two gates at one."""
         found: dict[Node, GatedNode] = {}
         for name, z in gates.items():
             if name not in self._ends:
                 raise KeyError(f"no gate is called {name!r}; the gates are {', '.join(self._ends)}")
             for node, axis in self._ends[name]:
-                before = found[node][0] if node in found else torch.ones_like(z)
-                found[node] = ((z * before).expand(len(self._images), -1), axis)
+                found[node] = (z.expand(len(self._images), -1), axis)
         return found
 
     def _moments(self, layer: _Layer, taught: Replay, student: Replay) -> tuple[Moments, Moments]:
