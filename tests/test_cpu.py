@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,14 @@ def test_any_processor_computes_in_single_and_double_precision() -> None:
 
 
 @pytest.mark.parametrize("answer", [False, True])
-def test_torch_is_asked_about_half_precision(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: answer)
-    assert cpu.computes_in(torch.bfloat16) is answer
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_torch_is_asked_about_half_precision(
+    dtype: torch.dtype, name: str, answer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**{f"_is_mkldnn_{name}_supported": lambda: answer}))
+    assert cpu.computes_in(dtype) is answer
+
+
+def test_nothing_is_said_against_a_processor_that_torch_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert cpu.computes_in(torch.bfloat16)

@@ -31,7 +31,7 @@ def cpu_name() -> str:
 
 
 def computes_in(dtype: torch.dtype) -> bool:
-    """Whether torch's convolutions have instructions for this type here, rather than converting every value."""
+    """Whether torch's convolutions have instructions for this type here; True where torch cannot tell."""
     asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     found = None if asked is None else getattr(torch.ops.mkldnn, asked, None)
     return found is None or bool(found())

@@ -43,7 +43,7 @@ def translate(module: GraphModule, fuse: bool) -> Draft:
 
 
 _RULES: dict[Any, Rule] = {
-    Controller: gates.controller,  # its result is a gate, no map
+    Controller: gates.controller,
     Mask: gates.mask,
     SparseConv2d: layers.convolution,
     SparseLinear: layers.linear,

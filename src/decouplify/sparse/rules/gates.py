@@ -16,17 +16,17 @@ __all__ = ["controller", "mask"]
 
 
 def controller(t: Translation, node: Node) -> None:
-    """pool, two linear layers, threshold."""
-    controller = t.controller_of(node)
-    if t.fuse and _is_always_open(controller):
+    """A controller: pool, two linear layers, threshold. Its result is a gate, no map."""
+    decides = t.controller_of(node)
+    if t.fuse and _is_always_open(decides):
         t.gates[node] = ALWAYS_OPEN
         t.draft.always_open.append(node)
         return
     x = t.map_of(node.args[0])
-    if x is None or not _has_channels_at(x, controller.input_axis):
+    if x is None or not _has_channels_at(x, decides.input_axis):
         return
-    t.add_gate(node, controller.fc2.out_features)
-    t.emit(StepKind.CONTROL, node, input=x, gate=t.gates[node], weights=_controller_weights(controller))
+    t.add_gate(node, decides.fc2.out_features)
+    t.emit(StepKind.CONTROL, node, input=x, gate=t.gates[node], weights=_controller_weights(decides))
 
 
 def mask(t: Translation, node: Node) -> Map | None:

@@ -79,15 +79,15 @@ def _with_earlier_concatenation(t: Translation, parts: list[Map]) -> list[Map]:
 def pad(t: Translation, node: Node) -> Map | None:
     """Zeros around the pixels, or before and after the channels."""
     x = t.map_of(node.args[0])
-    pad = [*map(int, aten.argument(node, "pad")), 0, 0, 0, 0, 0, 0]
-    if x is None or not x.is_planar or not _pads_zeros(node) or min(pad) < 0 or any(pad[6:]):
+    zeros = [*map(int, aten.argument(node, "pad")), 0, 0, 0, 0, 0, 0]
+    if x is None or not x.is_planar or not _pads_zeros(node) or min(zeros) < 0 or any(zeros[6:]):
         return None
     reader = only_user(node)
-    if t.fuse and not any(pad[4:]) and _is_convolution_here(t, reader):
+    if t.fuse and not any(zeros[4:]) and _is_convolution_here(t, reader):
         # Zeros are what a convolution finds outside its input anyway; its output's size tells how far it goes.
-        t.pads[node] = (pad[2], pad[0])
+        t.pads[node] = (zeros[2], zeros[0])
         return x
-    return _copy(t, node, x, Sliding(padding=(pad[2], pad[0])), position=pad[4])
+    return _copy(t, node, x, Sliding(padding=(zeros[2], zeros[0])), position=zeros[4])
 
 
 def _is_convolution_here(t: Translation, node: Node | None) -> bool:
