@@ -43,6 +43,19 @@ FROM_IMPORTANCE = {"start": "importance", "ramp_share": 0.0, "hard_share": 1.0}
 FEATURES = {"features": "layer[123]"}
 A_QUARTER = {**AT_TWINS_RATE, "target": "3.87x"}
 NO_INFORMATION = {"mutual_information": 0.0, "kl": 0.0}
+GATES_ALONE = {
+    **FROM_IMPORTANCE,
+    **NO_INFORMATION,
+    "trained": "gates",
+    "frozen_norms": True,
+    "distillation": 1.0,
+    "temperature": 2.0,
+    "optimizer": "adam",
+    "lr": 3e-4,
+    "gate_lr_factor": 10.0,
+    "steering": 20.0,
+    "target": "1.5x",
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,9 @@ ROWS = {
     "inner, network at 0.2, a quarter": Row("decoupled", changes=A_QUARTER, wrapping=INNER),
     "static, features": Row("static", changes=FEATURES),
     "inner, network at 0.2, features": Row("decoupled", changes={**AT_TWINS_RATE, **FEATURES}, wrapping=INNER),
+    "gates alone from importance, 1.5x": Row("decoupled", 2, changes=GATES_ALONE),
+    "gates alone from prediction, 1.5x": Row("decoupled", 2, changes={**GATES_ALONE, "start": "prediction"}),
+    "inner from prediction": Row("decoupled", changes={**FROM_IMPORTANCE, "start": "prediction"}, wrapping=INNER),
 }
 
 

@@ -122,8 +122,11 @@ class ArchitectureController(nn.Module):
         Args:
             x: The convolution's input, shape (N, C, H, W), or (N, H, W, C) if ``input_axis`` is -1.
         """
-        with torch.autocast(x.device.type, enabled=False):
-            s = pooled(x, self.input_axis)
+        return self.decide(pooled(x, self.input_axis))
+
+    def decide(self, s: Tensor) -> Tensor:
+        """Logits g, shape (N, K), float32, from a pooled input s, shape (N, C)."""
+        with torch.autocast(s.device.type, enabled=False):
             s = s if self.norm is None else self._normalise(s)
             hidden = torch.relu(F.linear(s, self.fc1.weight.float(), self.fc1.bias.float()))
             return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float())

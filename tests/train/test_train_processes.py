@@ -13,10 +13,11 @@ import torch
 from decouplify.train import tensorboard
 
 
-def test_two_processes_train_one_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["importance", "prediction"])
+def test_two_processes_train_one_network(tmp_path: Path, start: str) -> None:
     script = Path(__file__).with_name("in_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, str(script), str(tmp_path), start], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -42,6 +42,8 @@ def test_ramps_end_at_one() -> None:
         ({"label_smoothing": 1.5}, r"label_smoothing=1.5 is not in \[0, 1\]"),
         ({"feature_weight": -1.0}, "feature_weight=-1.0; a number >= 0"),
         ({"start_rounds": 0}, "start_rounds=0; at least 1"),
+        ({"start_rounds": 2, "start": "prediction"}, "start_rounds=2 with start='prediction'"),
+        ({"reconstruct": True, "start": "prediction"}, "start='importance' and trained='all' wanted"),
         ({"kl": float("nan")}, "kl=nan; a number >= 0"),
         ({"hard_share": -0.1}, r"hard_share=-0.1 is not in \[0, 1\]"),
         ({"cuda_graphs": True, "precision": "float16"}, "take bfloat16"),

@@ -13,10 +13,10 @@ from decouplify.decoupling import Decoupling, decoupling_of, module_key
 from decouplify.modes import eval_mode, frozen
 from decouplify.train.batches import Batch
 
-__all__ = ["close_in_rounds", "close_least_important", "importance"]
+__all__ = ["close_in_rounds", "close_least_important", "importance", "log_worth"]
 
 _LOWEST, _HIGHEST = -1.0, 2.0  # logits; an open gate starts where ``wrap`` puts it
-_PER_NEPER = 0.5  # logits by which a gate starts higher if its filter matters e times as much
+PER_NEPER = 0.5  # logits by which a gate starts higher if its filter matters e times as much
 
 
 def importance(
@@ -110,13 +110,12 @@ def close_least_important(
     decoupling = decoupling_of(model, "close_least_important")
     gates = decoupling.plan.gates
     earlier = torch.cat([(closed or {}).get(g.name, torch.zeros(g.n_filters, dtype=torch.bool)).cpu() for g in gates])
-    values = torch.cat([important[gate.name] for gate in gates]).double().cpu()
-    worth = (values / _savings(decoupling, ~earlier)).log()
+    worth = log_worth(decoupling, important, ~earlier)
     order = worth.argsort(stable=True)
     order = torch.cat([order[earlier[order]], order[~earlier[order]]])
     n_closed = _n_to_close(decoupling, order, target_macs, int(earlier.sum()))
     threshold = worth[order[min(n_closed, len(order) - 1)]]
-    logits = ((worth - threshold) * _PER_NEPER).nan_to_num(0.0).clamp(_LOWEST, _HIGHEST)
+    logits = ((worth - threshold) * PER_NEPER).nan_to_num(0.0).clamp(_LOWEST, _HIGHEST)
     # Of equal worth, those that come first in the order; a logit above 0 opens.
     logits[order[:n_closed]] = logits[order[:n_closed]].clamp(max=-1e-3)
     logits[order[n_closed:]] = logits[order[n_closed:]].clamp(min=1e-3)
@@ -155,6 +154,12 @@ def close_in_rounds(
         important = importance(model, batches(), closed=closed)
         closed = close_least_important(model, important, 1 - (1 - target_macs) * (i + 1) / n_rounds, closed)
     return closed
+
+
+def log_worth(decoupling: Decoupling, important: Mapping[str, Tensor], is_open: Tensor) -> Tensor:
+    """Logarithm of importance per multiply-accumulate that closing a filter saves while these are open, shape (F,)."""
+    values = torch.cat([important[gate.name] for gate in decoupling.plan.gates]).double().cpu()
+    return (values / _savings(decoupling, is_open)).log()
 
 
 @torch.enable_grad()

@@ -13,7 +13,7 @@ __all__ = ["DecouplingRecipe", "Optimizer", "Precision", "Recipe", "Start", "Tra
 Precision = Literal["float32", "bfloat16", "float16"]
 Trained = Literal["all", "gates and norms", "gates"]
 Optimizer = Literal["sgd", "adam"]
-Start = Literal["open", "importance"]
+Start = Literal["open", "importance", "prediction"]
 
 _MOMENT = 1e-9  # a phase of no length begins and ends at once
 
@@ -124,11 +124,13 @@ class DecouplingRecipe(Recipe):
         hard_share: Share of the run, at its end, in which gates are binary as in evaluation.
         ramp_share: Share of the run in which the target is approached.
         information_ramp_share: Share of the run in which lambda_m and lambda_k rise from 0.
-        start: "open": all gates begin as ``wrap`` sets them; "importance": those of the filters that matter least begin
-            closed, as many as meet a MAC target (see ``close_least_important``). For short runs, which would otherwise
-            close filters that are merely close to their threshold; go on with ``hard_share=1`` and ``ramp_share=0``.
-        start_rounds: In how many shares they are closed, what is left being judged anew after each. More cost as many
-            passes over ``norm_batches``, and the answers start nearer to the teacher's.
+        start: "open": all gates begin as ``wrap`` sets them. The others are for short runs, which would otherwise close
+            filters that are merely close to their threshold; go on with ``hard_share=1`` and ``ramp_share=0``.
+            "importance": the filters that matter least begin closed, as many as meet a MAC target (see
+            ``close_least_important``). "prediction": for each image those that matter least for it (see
+            ``predict_worth``).
+        start_rounds: In how many shares the filters of least importance are closed, what is left being judged anew
+            after each. More cost as many passes over ``norm_batches``, and the answers start nearer to the teacher's.
         reconstruct: Fit the weights to what starts closed, so that layers return what they did before (see
             ``Reconstruction``); on at most 512 of the images, as they are. Short runs then go best with controllers
             that move little, such as ``gate_lr_factor=2``.
@@ -165,11 +167,19 @@ class DecouplingRecipe(Recipe):
         if self.start_rounds < 1:
             raise ValueError(f"{type(self).__name__}: start_rounds={self.start_rounds}; at least 1 wanted")
         if self.start not in get_args(Start):
-            raise ValueError(f"{type(self).__name__}: start={self.start!r}; 'open' or 'importance' wanted")
+            raise ValueError(
+                f"{type(self).__name__}: start={self.start!r}; 'open', 'importance' or 'prediction' wanted"
+            )
+        if self.start_rounds > 1 and self.start != "importance":
+            raise ValueError(
+                f"{type(self).__name__}: start_rounds={self.start_rounds} with start={self.start!r}; only filters "
+                "closed by start='importance' close in rounds"
+            )
         if self.reconstruct and (self.start != "importance" or self.trained != "all"):
             raise ValueError(
-                f"{type(self).__name__}: reconstruct=True fits all weights to gates that start closed; "
-                f"start='importance' and trained='all' wanted, start={self.start!r} and trained={self.trained!r} given"
+                f"{type(self).__name__}: reconstruct=True fits all weights to filters that start closed for every "
+                f"image; start='importance' and trained='all' wanted, start={self.start!r} and "
+                f"trained={self.trained!r} given"
             )
 
     def is_hard(self, progress: float) -> bool:

@@ -19,19 +19,17 @@ from decouplify.errors import NonFiniteError
 from decouplify.losses import DecouplingLoss, parameter_groups
 from decouplify.train.batches import Augment, Batches, batches_of
 from decouplify.train.finish import calibrate, executed_share, norms_of, reestimate_norms
-from decouplify.train.importance import close_in_rounds
 from decouplify.train.log import Progress
 from decouplify.train.objective import Objective
 from decouplify.train.recipe import DecouplingRecipe, Recipe
-from decouplify.train.reconstruct import Reconstruction
 from decouplify.train.schedule import GateSchedule, put
+from decouplify.train.start import begin
 from decouplify.train.state import read_state, rng_state, set_rng_state, write_state
 from decouplify.train.step import EagerStep, GraphedStep, Step
 
 __all__ = ["History", "decouple", "train_dense"]
 
 _N_MEASURED = 8  # batches on which the executed MACs are measured after an epoch
-_N_RECONSTRUCTED = 512  # images that weights are fitted to
 
 
 @dataclass
@@ -260,7 +258,7 @@ class _Run:
             torch.manual_seed(self.recipe.seed + 7919 * (dist.get_rank() if dist.is_initialized() else 0))
             self._resume(state, history)
             if not history.epochs and not history.finished:
-                self._start()
+                self._begin()
             while len(history.epochs) < self.recipe.epochs:
                 if stop_after_s is not None and self._ends_late(history, start, stop_after_s):
                     return history
@@ -271,25 +269,9 @@ class _Run:
                 self._save(state, history)
         return history
 
-    def _start(self) -> None:
-        """Let gates begin closed where the recipe says so."""
-        if not isinstance(self.recipe, DecouplingRecipe) or self.recipe.start == "open":
-            return
-        assert self.criterion is not None
-        if self.criterion.target_macs is None:
-            raise ValueError(
-                f"decouple: start='importance' needs a target in MACs; target={self.recipe.target!r} given, '2.0x' for "
-                "instance wanted"
-            )
-        recipe, share = self.recipe, self.criterion.target_macs
-        closed = close_in_rounds(
-            self.model, lambda: islice(self.batches.epoch(0), recipe.norm_batches), share, recipe.start_rounds
-        )
-        if recipe.reconstruct:
-            n_batches = math.ceil(_N_RECONSTRUCTED / recipe.batch_size)
-            batches = islice(self.batches.epoch(0, augmented=False), n_batches)
-            images = torch.cat([x for x, _ in batches])[:_N_RECONSTRUCTED]
-            Reconstruction(self.model, images)({name: (~mask).float() for name, mask in closed.items()})
+    def _begin(self) -> None:
+        if isinstance(self.recipe, DecouplingRecipe) and self.criterion is not None:
+            begin(self.model, self.batches, self.recipe, self.criterion.target_macs)
 
     @staticmethod
     def _ends_late(history: History, start: float, stop_after_s: float) -> bool:

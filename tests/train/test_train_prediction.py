@@ -1,0 +1,191 @@
+"""Controllers that start as predictors open, for each image, the filters that are worth most for it."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import decouplify
+from decouplify.cifar import CifarResNet
+from decouplify.errors import NonFiniteError
+from decouplify.train import DecouplingRecipe, close_least_important, decouple, executed_share, predict_worth
+from decouplify.train.importance import importance
+
+SIZE, N_KINDS = (4, 16, 16), 4
+OF_RESNET = {"input_size": (3, 8, 8), "verify": False, "input_norm": True, "only": ["layer[23].0.conv1"]}
+
+
+def net_of_kinds(input_norm: bool) -> nn.Module:
+    """Filters 3c to 3c + 2 answer to channel c of the image alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 12, 1, groups=4, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.append(nn.Linear(12, 5))
+    net[0].weight.data.abs_().clamp_(min=0.2)
+    return decouplify.wrap(net.eval(), SIZE, verify=False, skip_first=False, reduction=1, input_norm=input_norm)
+
+
+def images_of_kinds(n: int = 200) -> tuple[Tensor, Tensor]:
+    """Images with one channel each, and which."""
+    generator = torch.Generator().manual_seed(1)
+    kinds = torch.randperm(n, generator=generator) % N_KINDS
+    x = torch.rand(n, *SIZE, generator=generator) + 0.5
+    return x * nn.functional.one_hot(kinds, N_KINDS)[:, :, None, None], kinds
+
+
+def equal_worth(model: nn.Module) -> dict[str, Tensor]:
+    return {gate.name: torch.ones(gate.n_filters) for gate in model.decoupling.plan.gates}
+
+
+def path_of(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        model(images)
+    return model.decoupling.path()
+
+
+def unwrapped_copy(net: nn.Module) -> nn.Module:
+    return decouplify.unwrap(deepcopy(net))
+
+
+@pytest.mark.parametrize("input_norm", [True, False])
+def test_each_kind_of_image_opens_its_own_filters(input_norm: bool) -> None:
+    model, (images, _) = net_of_kinds(input_norm), images_of_kinds()
+    unseen, kinds = images_of_kinds(400)
+    answers = model(unseen)
+    predict_worth(model, [[(images, None)]], equal_worth(model), 0.3)  # 0.285 with a quarter of the filters
+    path = path_of(model, unseen)
+    own = nn.functional.one_hot(kinds, N_KINDS).repeat_interleave(3, 1).bool()
+    assert bool(path[own].all())
+    assert float(path.sum(1).mean()) < 3.6
+    torch.testing.assert_close(model(unseen), answers)
+
+
+def test_the_inputs_norm_or_the_first_layer_normalises() -> None:
+    images, margins = images_of_kinds()[0], []
+    for input_norm in (True, False):
+        model = net_of_kinds(input_norm)
+        predict_worth(model, [[(images, None)]], equal_worth(model), 0.3)
+        with torch.no_grad():
+            model(images)
+        margins.append(model.decoupling.margins()["0"])
+    torch.testing.assert_close(*margins, rtol=1e-3, atol=1e-3)
+
+
+def test_what_an_image_does_not_tell_stays_as_important_as_in_the_mean() -> None:
+    """All images look alike to the controller, whose input is a mean; which filters they move is chance."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(4, 12, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)
+    )
+    net[0].bias.data[5] = -100.0  # a filter that no image moves says nothing either
+    model = decouplify.wrap(net.eval(), SIZE, verify=False, skip_first=False, input_norm=True)
+    images = torch.randn(64, *SIZE)
+    images = images - images.mean((2, 3), keepdim=True)
+    important = {"0": torch.rand(12) + 0.1}
+    predict_worth(model, [[(images, None)]], important, 0.7)
+    paths = path_of(model, images)
+    assert len(paths.unique(dim=0)) == 1
+    expected = decouplify.wrap(unwrapped_copy(net), SIZE, verify=False, skip_first=False)
+    closed = close_least_important(expected, important, 0.7)["0"]
+    assert torch.equal(paths[0] == 0, closed)
+
+
+def test_filters_without_importance_close_first() -> None:
+    model, (images, kinds) = net_of_kinds(True), images_of_kinds()
+    important = {name: torch.arange(12) % 3 != 1 for name in equal_worth(model)}
+    predict_worth(model, [[(images, None)]], {name: mask.float() for name, mask in important.items()}, 0.6)
+    path = path_of(model, images)
+    own = nn.functional.one_hot(kinds, N_KINDS).repeat_interleave(3, 1).bool() & (torch.arange(12) % 3 != 1)
+    assert not path[:, torch.arange(12) % 3 == 1].any()
+    assert bool(path[own].all())
+
+
+@pytest.mark.parametrize("target", [0.4, 0.6, 0.8])
+def test_the_target_is_met_where_no_gate_stands_before_another(target: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(4, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)
+    )
+    model = decouplify.wrap(net.eval(), SIZE, verify=False, skip_first=False)
+    images = torch.randn(200, *SIZE) + torch.randn(200, 4, 1, 1)
+    important = importance(model, [(images, None)])
+    predict_worth(model, [[(images, None)]], important, target)
+    assert executed_share(model, [images]) == pytest.approx(target, abs=0.002)  # a filter is 0.015 of an image
+    assert len(path_of(model, images).unique(dim=0)) > 20
+
+
+@pytest.fixture
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    net = CifarResNet(1, n_classes=4, width=4).eval()
+    nn.init.normal_(net.linear.weight, 0, 0.5)
+    return decouplify.wrap(net, **OF_RESNET)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(64, 3, 8, 8, generator=generator) + torch.randn(64, 3, 1, 1, generator=generator)
+
+
+def controllers_alone(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    return bool(changed) and all(".controllers." in name for name in changed)
+
+
+def test_a_run_starts_there(resnet: nn.Module, images: Tensor) -> None:
+    before = {name: t.clone() for name, t in resnet.state_dict().items()}
+    recipe = DecouplingRecipe(0, target="1.5x", start="prediction", batch_size=16)
+    decouple(resnet, images, None, recipe, augment=lambda x: x.flip(3))
+    assert controllers_alone(resnet, before)
+    assert executed_share(resnet, [images]) == pytest.approx(1 / 1.5, rel=0.02)
+    assert len(path_of(resnet, images).unique(dim=0)) > 5
+
+
+def test_views_of_one_image_judge_or_teach_together(resnet: nn.Module, images: Tensor) -> None:
+    """Twice the same view is no other evidence: as many steps help, and the fit is the same."""
+    found = []
+    for n_views in (1, 2):
+        model = decouplify.wrap(unwrapped_copy(resnet), **OF_RESNET)
+        views = [[(x, None) for x in images.split(24)] for _ in range(n_views)]
+        predict_worth(model, views, equal_worth(model), 0.6)
+        norm = model.decoupling.controllers["layer2__0__conv1"].norm
+        found.append(norm.running_mean.clone())
+        assert executed_share(model, [images]) < 0.75
+    torch.testing.assert_close(*found)
+
+
+def test_a_loader_is_passed_once(resnet: nn.Module, images: Tensor) -> None:
+    """Passes of a loader that shuffles have other images at one place."""
+    loader = DataLoader(TensorDataset(images, torch.zeros(64).long()), batch_size=16, shuffle=True)
+    recipe = DecouplingRecipe(0, target="1.5x", start="prediction", batch_size=16)
+    decouple(resnet, loader, None, recipe)
+    assert executed_share(resnet, [images]) == pytest.approx(1 / 1.5, rel=0.1)
+
+
+def test_training_goes_on_from_there(resnet: nn.Module, images: Tensor) -> None:
+    recipe = DecouplingRecipe(
+        1, lr=1e-4, optimizer="adam", target="1.5x", start="prediction", batch_size=16, hard_share=1.0, ramp_share=0.0
+    )
+    history = decouple(resnet, images, None, recipe)
+    assert history.epochs[0]["measured"] == pytest.approx(1 / 1.5, rel=0.1)
+
+
+def test_bad_requests_are_refused_and_change_nothing(resnet: nn.Module, images: Tensor) -> None:
+    before = {name: t.clone() for name, t in resnet.state_dict().items()}
+    important = equal_worth(resnet)
+    with pytest.raises(ValueError, match=r"target_macs=1\.5"):
+        predict_worth(resnet, [[(images, None)]], important, 1.5)
+    with pytest.raises(ValueError, match="fewer than 4 images"):
+        predict_worth(resnet, [[(images[:3], None)]], important, 0.5)
+    with pytest.raises(ValueError, match="not wrapped"):
+        predict_worth(CifarResNet(1), [[(images, None)]], important, 0.5)
+    with pytest.raises(NonFiniteError, match=r"gate 'layer2\.0\.conv1'"):
+        predict_worth(resnet, [[(images * torch.nan, None)]], important, 0.5)
+    with pytest.raises(ValueError, match="start='prediction' needs a target in MACs"):
+        decouple(resnet, images, None, DecouplingRecipe(0, target=0.5, start="prediction"))
+    assert all(torch.equal(t, before[name]) for name, t in resnet.state_dict().items())
+    assert not any(c._forward_pre_hooks for c in resnet.decoupling.controllers.values())
