@@ -29,7 +29,7 @@ from decouplify.decoupling import decoupling_of
 from decouplify.train import DecouplingRecipe, decouple, json_lines
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from pretrained import agreement, efficientnet_lite0, load_images, logits_of, top1
+from pretrained import agreement, crop_and_flip, efficientnet_lite0, load_images, logits_of, top1
 
 RESULTS = Path("docs/results/label_free.jsonl")
 EVERY = 5  # one of so many images judges
@@ -183,13 +183,6 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['seconds']:.0f}",
     )
     return "| " + " | ".join(cells) + " |"
-
-
-def crop_and_flip(x: Tensor) -> Tensor:
-    """Each image mirrored or not, and all of them moved by up to 16 pixels, zeros beyond the border."""
-    x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
-    dy, dx = (int(d) for d in torch.randint(-16, 17, (2,)))
-    return F.pad(x, (16, 16, 16, 16))[..., 16 + dy : 240 + dy, 16 + dx : 240 + dx]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

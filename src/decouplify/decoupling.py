@@ -17,7 +17,7 @@ from decouplify.costs import CostModel
 from decouplify.gating import gate_and_pool, gated
 from decouplify.plan import End, Plan
 
-__all__ = ["Decoupling", "Forward", "decoupling_of", "module_key"]
+__all__ = ["Decoupling", "Forward", "decoupling_of", "module_key", "network_of"]
 
 
 def module_key(name: str) -> str:
@@ -316,15 +316,21 @@ def decoupling_of(model: nn.Module, caller: str = "decouplify") -> Decoupling:
     return found
 
 
+def network_of(model: nn.Module) -> nn.Module:
+    """Of a wrapped model the network itself, also in DistributedDataParallel and torch.compile."""
+    inner: Any = model
+    for attribute in ("module", "_orig_mod", "module"):
+        if not isinstance(getattr(inner, "decoupling", None), Decoupling):
+            inner = getattr(inner, attribute, inner)
+    network: nn.Module = inner
+    return network
+
+
 def is_wrapped(model: nn.Module) -> bool:
     """Whether ``decoupling_of`` finds gates."""
     return _find_decoupling(model) is not None
 
 
 def _find_decoupling(model: nn.Module) -> Decoupling | None:
-    inner: Any = model
-    for attribute in ("module", "_orig_mod", "module"):
-        if not isinstance(getattr(inner, "decoupling", None), Decoupling):
-            inner = getattr(inner, attribute, inner)
-    found = getattr(inner, "decoupling", None)
+    found = getattr(network_of(model), "decoupling", None)
     return found if isinstance(found, Decoupling) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from copy import deepcopy
 
 import pytest
@@ -13,7 +14,7 @@ import decouplify
 from decouplify.cifar import CifarResNet
 from decouplify.errors import NonFiniteError
 from decouplify.train import DecouplingRecipe, close_least_important, decouple, executed_share, predict_worth
-from decouplify.train.importance import importance
+from decouplify.train.importance import PER_NEPER, importance
 
 SIZE, N_KINDS = (4, 16, 16), 4
 OF_RESNET = {"input_size": (3, 8, 8), "verify": False, "input_norm": True, "only": ["layer[23].0.conv1"]}
@@ -72,6 +73,47 @@ def test_the_inputs_norm_or_the_first_layer_normalises() -> None:
             model(images)
         margins.append(model.decoupling.margins()["0"])
     torch.testing.assert_close(*margins, rtol=1e-3, atol=1e-3)
+
+
+def test_it_begins_with_what_the_convolution_makes_of_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels of any size tell energies, and the mean prediction is the mean energy, before the first step."""
+    monkeypatch.setattr(sys.modules["decouplify.train.prediction"], "_STEPS", 0)
+    torch.manual_seed(0)
+    size = torch.tensor([1.0, 30.0, 0.2, 5.0])
+    net = nn.Sequential(nn.Conv2d(4, 12, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.append(nn.Linear(12, 5))
+    net[0].weight.data = (torch.rand(12, 4) / size)[:, :, None, None]
+    model = decouplify.wrap(net.eval(), SIZE, verify=False, skip_first=False, reduction=1, input_norm=True)
+    images = torch.rand(200, 4, 1, 1) * size[:, None, None] * torch.ones(SIZE)
+    with torch.no_grad():
+        energies = net[1](net[0](images)).square().mean((2, 3))
+    predict_worth(model, [[(images, None)]], equal_worth(model), 0.5)
+    path_of(model, images)
+    predicted = (model.decoupling.margins()["0"] / PER_NEPER).exp().detach()
+    for k in range(12):
+        assert float(torch.corrcoef(torch.stack([predicted[:, k], energies[:, k]]))[0, 1]) > 0.97
+    assert float(predicted.mean(0).std() / predicted.mean()) < 0.01
+
+
+class _OwnConvolution(nn.Module):
+    """A module that convolves with a parameter of another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.rand(12, 4, 1, 1) + 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.kernel)
+
+
+def test_a_convolution_whose_weight_has_another_name() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(_OwnConvolution(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+    model = decouplify.wrap(net.eval(), SIZE, verify=False, skip_first=False)
+    images = torch.rand(200, *SIZE) * torch.rand(200, 4, 1, 1)
+    predict_worth(model, [[(images, None)]], equal_worth(model), 0.5)
+    assert executed_share(model, [images]) == pytest.approx(0.5, abs=0.01)
+    assert len(path_of(model, images).unique(dim=0)) > 1
 
 
 def test_what_an_image_does_not_tell_stays_as_important_as_in_the_mean() -> None:
@@ -164,6 +206,21 @@ def test_a_loader_is_passed_once(resnet: nn.Module, images: Tensor) -> None:
     recipe = DecouplingRecipe(0, target="1.5x", start="prediction", batch_size=16)
     decouple(resnet, loader, None, recipe)
     assert executed_share(resnet, [images]) == pytest.approx(1 / 1.5, rel=0.1)
+
+
+def test_a_network_in_a_wrapper_is_fitted_as_by_itself(resnet: nn.Module, images: Tensor) -> None:
+    class Wrapper(nn.Module):  # as DistributedDataParallel
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x)
+
+    same = decouplify.wrap(unwrapped_copy(resnet), **OF_RESNET)
+    for model in (Wrapper(resnet), same):
+        predict_worth(model, [[(images, None)]], equal_worth(resnet), 0.6)
+    assert torch.equal(path_of(same, images), path_of(resnet, images))
 
 
 def test_training_goes_on_from_there(resnet: nn.Module, images: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from decouplify.controller import ArchitectureController, pooled
-from decouplify.decoupling import Decoupling, decoupling_of, module_key
+from decouplify.decoupling import Decoupling, decoupling_of, module_key, network_of
 from decouplify.errors import NonFiniteError
 from decouplify.modes import eval_mode
 from decouplify.plan import End, Gate
@@ -161,16 +161,17 @@ def _fit(controller: ArchitectureController, of_inputs: Tensor, seen: _Seen) -> 
 
 @torch.no_grad()
 def _of_inputs(model: nn.Module, gate: Gate) -> Tensor:
-    """What a constant input of one in each channel makes of each filter, but for borders, shape (C, K).
+    """What a constant input of one in each channel makes of each filter, but for borders and bias, shape (C, K).
 
-    Zeros where the weights of the module say nothing about that, as those of transposed convolutions.
+    Zeros where the module has no weight of its convolution under that name.
     """
-    module = model.get_submodule(gate.name)
-    weight, groups = module.weight, getattr(module, "groups", 1)
-    assert isinstance(weight, Tensor)
-    taps = weight.detach().float().flatten(2).sum(2) if weight.dim() > 2 else weight.detach().float()
-    if taps.shape != (gate.n_filters, gate.n_inputs // groups):
-        return torch.zeros(gate.n_inputs, gate.n_filters, device=weight.device)
+    decoupling = decoupling_of(model)
+    groups = next(site.groups for site in decoupling.plan.sites if site.name == gate.name)
+    weight = getattr(network_of(model).get_submodule(gate.name), "weight", None)
+    shape = (gate.n_filters, gate.n_inputs // groups)
+    if not isinstance(weight, Tensor) or weight.shape[:2] != shape:
+        return torch.zeros(gate.n_inputs, gate.n_filters, device=_controller(decoupling, gate).fc1.weight.device)
+    taps = weight.float().reshape(*shape, -1).sum(2)
     return torch.block_diag(*(part.T for part in taps.chunk(groups)))
 
 
