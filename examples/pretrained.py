@@ -76,7 +76,8 @@ def main() -> None:
         f"decoupled:              top-1 {top1(after, test_y):.1f} %, as the original: {agreement(before, after):.1f} %"
     )
     print(macs)
-    print(decouplify.verify(model, decouplify.sparsify(model), test_x[:10]))
+    # Its ReLU6 cuts values of hundreds off at 6, and errors are relative to what is left.
+    print(decouplify.verify(model, decouplify.sparsify(model), test_x[:10], rtol=1e-4))
 
 
 def learn_gates(model: nn.Module, images: Tensor, epochs: int, lr: float, target: str, how: dict[str, Any]) -> None:

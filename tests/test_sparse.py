@@ -125,6 +125,14 @@ def test_double_precision_agrees_to_its_own_rounding(name: str) -> None:
     assert decouplify.verify(model, decouplify.sparsify(model), images, rtol=1e-12).output_error <= 1e-12
 
 
+def test_differences_as_small_as_rounding_are_called_so() -> None:
+    model = randomise_gates(decouplify.wrap(TOYS["Plain"].build(), SIZE)).eval()
+    fast = decouplify.sparsify(model)
+    with pytest.raises(VerificationError, match=r"can be rounding.* accept it with a larger rtol") as error:
+        decouplify.verify(model, fast, random_images(), rtol=1e-12)
+    assert 1e-12 < error.value.report.max_error < 1e-5
+
+
 def test_differences_of_a_short_precision_are_called_so() -> None:
     model = randomise_gates(decouplify.wrap(TOYS["Plain"].build().bfloat16(), SIZE)).eval()
     fast = decouplify.sparsify(model)
