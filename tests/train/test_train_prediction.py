@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from copy import deepcopy
 
 import pytest
@@ -15,6 +16,7 @@ from decouplify.cifar import CifarResNet
 from decouplify.errors import NonFiniteError
 from decouplify.train import DecouplingRecipe, close_least_important, decouple, executed_share, predict_worth
 from decouplify.train.importance import PER_NEPER, importance
+from toynets import TOYS, random_images
 
 SIZE, N_KINDS = (4, 16, 16), 4
 OF_RESNET = {"input_size": (3, 8, 8), "verify": False, "input_norm": True, "only": ["layer[23].0.conv1"]}
@@ -93,6 +95,8 @@ def test_it_begins_with_what_the_convolution_makes_of_the_means(monkeypatch: pyt
     for k in range(12):
         assert float(torch.corrcoef(torch.stack([predicted[:, k], energies[:, k]]))[0, 1]) > 0.97
     assert float(predicted.mean(0).std() / predicted.mean()) < 0.01
+    spread, expected = predicted.std(0) / predicted.mean(0), energies.std(0) / energies.mean(0)
+    torch.testing.assert_close(spread, expected, rtol=0.2, atol=0.0)
 
 
 class _OwnConvolution(nn.Module):
@@ -200,12 +204,34 @@ def test_views_of_one_image_judge_or_teach_together(resnet: nn.Module, images: T
     torch.testing.assert_close(*found)
 
 
-def test_a_loader_is_passed_once(resnet: nn.Module, images: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("from_loader", "augmented", "n_views"), [(False, True, 4), (False, False, 1), (True, False, 1)]
+)
+def test_only_views_with_images_in_one_order_are_learnt_from(
+    resnet: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, from_loader: bool, augmented: bool, n_views: int
+) -> None:
     """Passes of a loader that shuffles have other images at one place."""
-    loader = DataLoader(TensorDataset(images, torch.zeros(64).long()), batch_size=16, shuffle=True)
+    views: list[Tensor] = []
+
+    def counted(model: nn.Module, given: Iterable[Iterable[tuple[Tensor, None]]], *rest: object) -> None:
+        views.extend(torch.cat([x for x, _ in view]) for view in given)
+        predict_worth(model, [[(x, None)] for x in views], *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sys.modules["decouplify.train.start"], "predict_worth", counted)
     recipe = DecouplingRecipe(0, target="1.5x", start="prediction", batch_size=16)
-    decouple(resnet, loader, None, recipe)
+    data = DataLoader(TensorDataset(images, torch.zeros(64).long()), batch_size=16, shuffle=True)
+    decouple(resnet, data if from_loader else images, None, recipe, augment=torch.neg if augmented else None)
     assert executed_share(resnet, [images]) == pytest.approx(1 / 1.5, rel=0.1)
+    assert len(views) == n_views
+    assert all(torch.equal(view, -views[0]) for view in views[1:])
+
+
+def test_a_gate_of_two_convolutions_is_judged_by_what_it_multiplies_last() -> None:
+    model = TOYS["DepthwiseChain"].wrapped().eval()
+    assert [len(gate.ends) for gate in model.decoupling.plan.gates] == [2, 1, 1]
+    images = random_images(100)
+    predict_worth(model, [[(images, None)]], equal_worth(model), 0.5)
+    assert executed_share(model, [images]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_network_in_a_wrapper_is_fitted_as_by_itself(resnet: nn.Module, images: Tensor) -> None:
