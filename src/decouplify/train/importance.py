@@ -13,7 +13,7 @@ from decouplify.decoupling import Decoupling, decoupling_of, module_key
 from decouplify.modes import eval_mode, frozen
 from decouplify.train.batches import Batch
 
-__all__ = ["close_in_rounds", "close_least_important", "importance", "log_worth"]
+__all__ = ["PER_NEPER", "close_in_rounds", "close_least_important", "importance", "log_worth"]
 
 _LOWEST, _HIGHEST = -1.0, 2.0  # logits; an open gate starts where ``wrap`` puts it
 PER_NEPER = 0.5  # logits by which a gate starts higher if its filter matters e times as much

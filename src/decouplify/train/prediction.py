@@ -27,7 +27,7 @@ _LOWEST, _HIGHEST = -8.0, 5.0  # nepers, of a prediction during its fit
 _STEPS, _EVERY, _PATIENCE = 300, 10, 60  # of a fit: at most, between judgements, without progress
 _BATCH, _LR = 400, 3e-3
 _LINEAR_FOR = 3.0  # standard deviations below the mean in which hidden units begin as linear
-_LEAST_SPREAD = 1e-3  # of a unit, relative to independent inputs of variance 1; what varies less is noise
+_LEAST_SPREAD = 1e-3  # relative to what inputs of variance 1 would do; what varies less is rounding
 _NEWTON_STEPS, _RIDGE, _OUTLYING = 25, 0.02, 4.0  # ridge per image, of slopes; standard deviations
 _N_COUNTED, _N_HALVINGS = 256, 30  # images, and steps, of the search for the threshold
 
