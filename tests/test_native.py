@@ -243,10 +243,12 @@ def test_the_c_library_returns_what_it_keeps() -> None:
 
 @pytest.mark.slow
 def test_no_step_reads_or_writes_outside_its_memory(tmp_path: Path) -> None:
-    """The fuzz above under the address and undefined behaviour sanitizers."""
+    """The fuzz above under the address and undefined behaviour sanitizers, the code for AVX-512 wherever it can run."""
     if shutil.which("cmake") is None or shutil.which("g++") is None:
         pytest.skip("needs cmake and g++")
     configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DDECOUPLIFY_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++"]
+    if native.instruction_set() == "avx2":
+        configure.append("-DDECOUPLIFY_EMULATE=ON")
     for command in (configure, ["cmake", "--build", str(tmp_path), "--parallel", "2"]):
         subprocess.run(command, check=True, capture_output=True)
     runtimes = [

@@ -26,12 +26,16 @@ struct Choice {
 // Best first. On 64-bit ARM the generic variant is NEON, which every such CPU has.
 constexpr Choice kChoices[] = {
 #if defined(__x86_64__)
+#if defined(DECOUPLIFY_EMULATE)
+    {avx512::kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"); }},
+#else
     {avx512::kernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("bmi2");
      }},
+#endif
     {avx2::kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {generic::kernels, [] { return true; }},

@@ -258,7 +258,7 @@ struct PackedJob {
     const Stream ahead =
         tile_fetches ? stream_of(call.ahead, group, n_groups(), input.n_rows()) : nothing_ahead(conv.weight);
     const int64_t n_outputs = input.last_chunk(tile)[-1].at + kLanes - first;
-    const float* outputs[kMostFilters];
+    const float* outputs[kMostFilters] = {};  // for GCC 12, which warns of what no call reads
     for (int i = n0; i < n1; ++i) outputs[i - n0] = output_of(conv, call, call.filters[i]).out + first;
     // Where there are more lines than channels, or nothing is fetched by and by, all at once.
     const bool by_and_by = tile_fetches && n_outputs * (n1 - n0) <= input.n_rows() / kChannelsAtOnce * kFloatsPerLine;

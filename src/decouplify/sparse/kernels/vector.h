@@ -160,7 +160,9 @@ DECOUPLIFY_INLINE void hide(T*& pointer) {
 }
 DECOUPLIFY_INLINE void hide(uint32_t& number) { asm("" : "+r"(number)); }
 DECOUPLIFY_INLINE void hide(Vec& v) {
-#if defined(__AVX512F__)
+#if defined(DECOUPLIFY_EMULATE)  // by vectors longer than registers
+  asm("" : "+m"(v));
+#elif defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__SSE__)
   asm("" : "+x"(v));
