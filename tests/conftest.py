@@ -1,6 +1,7 @@
 """What every test shares: seeds, threads, Hypothesis profiles and the data directory."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ class _TorchRandom:
 _torch_random = _TorchRandom()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Choose the Hypothesis profile and keep parallel workers off each other's cores."""
     # Without this only the first example of a property sees the seed below, and a failure cannot be replayed.
     hypothesis.register_random(_torch_random)
@@ -33,7 +34,8 @@ def pytest_configure() -> None:
     hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
     # What the engine measures while tests run side by side must not decide about the user's networks later.
-    os.environ["DECOUPLIFY_CACHE"] = tempfile.mkdtemp(prefix="decouplify-cache-")
+    cache = os.environ["DECOUPLIFY_CACHE"] = tempfile.mkdtemp(prefix="decouplify-cache-")
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
