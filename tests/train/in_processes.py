@@ -26,7 +26,7 @@ def main(directory: Path, start: Start) -> None:
         batch_size=16,
         target="1.5x",
         start=start,
-        reconstruct=start == "importance",
+        reconstruct=True,
         norm_batches=2,
         features="layer*",
     )

@@ -13,9 +13,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import decouplify
 from decouplify.cifar import CifarResNet
+from decouplify.decoupling import Decoupling
 from decouplify.errors import NonFiniteError
-from decouplify.train import DecouplingRecipe, close_least_important, decouple, executed_share, predict_worth
-from decouplify.train.importance import PER_NEPER, importance
+from decouplify.train import (
+    DecouplingRecipe,
+    calibrate,
+    close_least_important,
+    decouple,
+    executed_share,
+    predict_worth,
+)
+from decouplify.train.importance import PER_NEPER, importance, log_worth
 from toynets import TOYS, random_images
 
 SIZE, N_KINDS = (4, 16, 16), 4
@@ -149,6 +157,33 @@ def test_filters_without_importance_close_first() -> None:
     assert bool(path[own].all())
 
 
+@pytest.mark.parametrize("target", [0.205, 1.0])  # 0.2 with two of the twelve filters
+def test_what_is_closed_for_all_images_no_image_opens(target: float) -> None:
+    model, (images, kinds) = net_of_kinds(True), images_of_kinds()
+    closed = torch.arange(12) % 3 == 1
+    predict_worth(model, [[(images, None)]], equal_worth(model), target, {"0": closed})
+    path = path_of(model, images)
+    own = nn.functional.one_hot(kinds, N_KINDS).repeat_interleave(3, 1).bool()
+    assert not path[:, closed].any()
+    assert bool(path[own & ~closed].all())
+    assert float(path.sum(1).mean()) < 2.6 if target < 1 else bool(path[:, ~closed].all())
+    assert calibrate(model, [images], 1.0, 4.0) == 0  # no shift that is allowed opens them
+
+
+def test_filters_are_judged_without_those_that_are_closed(resnet: nn.Module, images: Tensor) -> None:
+    closed = {"layer2.0.conv1": torch.arange(8) < 6}
+    predict_worth(resnet, [[(images, None)]], equal_worth(resnet), 0.6, closed)
+    decoupling = resnet.decoupling
+    seen: list[Tensor] = []
+    later = decoupling.controllers["layer3__0__conv1"]
+    with torch.no_grad(), decoupling.forced({"layer2.0.conv1": (~closed["layer2.0.conv1"]).float()}):
+        hook = later.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((2, 3))))
+        resnet(images)
+    hook.remove()
+    torch.testing.assert_close(later.norm.running_mean, seen[0].mean(0))
+    assert executed_share(resnet, [images]) == pytest.approx(0.6, abs=0.03)
+
+
 @pytest.mark.parametrize("target", [0.4, 0.6, 0.8])
 def test_the_target_is_met_where_no_gate_stands_before_another(target: float) -> None:
     torch.manual_seed(0)
@@ -189,6 +224,53 @@ def test_a_run_starts_there(resnet: nn.Module, images: Tensor) -> None:
     assert controllers_alone(resnet, before)
     assert executed_share(resnet, [images]) == pytest.approx(1 / 1.5, rel=0.02)
     assert len(path_of(resnet, images).unique(dim=0)) > 5
+
+
+@pytest.mark.parametrize("of_images", [1.0, 1.2, 1.5])
+def test_a_run_closes_some_for_all_images_and_fits_the_weights(
+    resnet: nn.Module, images: Tensor, of_images: float
+) -> None:
+    before = {name: t.clone() for name, t in resnet.state_dict().items()}
+    recipe = DecouplingRecipe(
+        0,
+        target="1.5x",
+        start="prediction",
+        reconstruct=True,
+        start_rounds=2,
+        image_reduction=of_images,
+        trained="gates",
+        batch_size=16,
+    )
+    decouple(resnet, images, None, recipe)
+    assert controllers_alone(resnet, before) == (of_images == 1.5)
+    assert executed_share(resnet, [images]) == pytest.approx(1 / 1.5, rel=0.03)
+    decoupling = resnet.decoupling
+    may_open = [(c.fc2.weight != 0).any(1) for c in decoupling.controllers.values()]
+    executed = float(decoupling.costs.executed(torch.cat(may_open).double()[None]))
+    assert executed / decoupling.costs.n_dense == pytest.approx(of_images / 1.5, abs=0.04)
+    assert (len(path_of(resnet, images).unique(dim=0)) > 5) == (of_images > 1)
+
+
+def test_a_run_judges_what_is_left_without_what_it_has_closed(
+    resnet: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without: list[Tensor] = []
+
+    def noted_importance(*given: object, closed: dict[str, Tensor]) -> dict[str, Tensor]:
+        without.append(torch.cat(list(closed.values())))
+        return importance(*given, closed=closed)  # type: ignore[arg-type]
+
+    def noted_worth(decoupling: Decoupling, important: dict[str, Tensor], is_open: Tensor) -> Tensor:
+        without.append(~is_open)
+        return log_worth(decoupling, important, is_open)
+
+    monkeypatch.setattr(sys.modules["decouplify.train.start"], "importance", noted_importance)
+    monkeypatch.setattr(sys.modules["decouplify.train.prediction"], "log_worth", noted_worth)
+    decouple(resnet, images, None, DecouplingRecipe(0, target="1.5x", start="prediction", reconstruct=True))
+    closed = torch.cat([(c.fc2.weight == 0).all(1) for c in resnet.decoupling.controllers.values()])
+    assert closed.any()
+    assert len(without) == 2
+    assert all(torch.equal(mask, closed) for mask in without)
 
 
 def test_views_of_one_image_judge_or_teach_together(resnet: nn.Module, images: Tensor) -> None:

@@ -30,6 +30,7 @@ _LINEAR_FOR = 3.0  # standard deviations below the mean in which hidden units be
 _LEAST_SPREAD = 1e-3  # relative to what inputs of variance 1 would do; what varies less is rounding
 _NEWTON_STEPS, _RIDGE, _OUTLYING = 25, 0.02, 4.0  # ridge per image, of slopes; standard deviations
 _N_COUNTED, _N_HALVINGS = 256, 30  # images, and steps, of the search for the threshold
+_CLOSED = -8.0  # logits of filters that no image opens: training hardly moves them, and thresholds move by less
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ class _Seen:
 
 
 def predict_worth(
-    model: nn.Module, views: Iterable[Iterable[Batch]], important: Mapping[str, Tensor], target_macs: float
+    model: nn.Module,
+    views: Iterable[Iterable[Batch]],
+    important: Mapping[str, Tensor],
+    target_macs: float,
+    closed: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fit all controllers so that each image starts with the filters that are worth most for it.
 
@@ -67,6 +72,8 @@ def predict_worth(
         important: See ``importance``.
         target_macs: Share of the dense MACs that shall be executed, in (0, 1]. It is met as long as closed gates do not
             change what later controllers see; ``calibrate`` does the rest.
+        closed: By gate, which filters are closed for all images and stay so, booleans of shape (K,), as
+            ``close_in_rounds`` has them; the others are judged without these. None: each image may open all.
 
     Raises:
         ValueError: If the model is not wrapped, there are fewer than 4 images, or the target is not in (0, 1].
@@ -76,18 +83,27 @@ def predict_worth(
         raise ValueError(f"predict_worth: target_macs={target_macs}; a share of the dense MACs in (0, 1] wanted")
     decoupling = decoupling_of(model, "predict_worth")
     gates = decoupling.plan.gates
-    seen = _look(model, decoupling, views)
+    may_open = _may_open(decoupling, closed or {})
+    seen = _look(model, decoupling, views, may_open)
     for gate in gates:
         _check_finite(gate, seen[gate.name])
     for gate in gates:
         _fit(_controller(decoupling, gate), _of_inputs(model, gate), seen[gate.name])
-    mean_worth = log_worth(decoupling, important, torch.ones(decoupling.plan.n_filters, dtype=torch.bool))
-    _compare(decoupling, seen, mean_worth.clamp(min=_LEAST_WORTH), target_macs)
+    mean_worth = log_worth(decoupling, important, torch.cat(list(may_open.values())))
+    _compare(decoupling, seen, mean_worth.clamp(min=_LEAST_WORTH), may_open, target_macs)
+
+
+def _may_open(decoupling: Decoupling, closed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By gate, which filters some image may open, booleans of shape (K,)."""
+    none = {gate.name: torch.zeros(gate.n_filters, dtype=torch.bool) for gate in decoupling.plan.gates}
+    return {name: ~closed.get(name, nothing).cpu() for name, nothing in none.items()}
 
 
 @torch.no_grad()
-def _look(model: nn.Module, decoupling: Decoupling, views: Iterable[Iterable[Batch]]) -> dict[str, _Seen]:
-    """What there is to learn from, with all gates open."""
+def _look(
+    model: nn.Module, decoupling: Decoupling, views: Iterable[Iterable[Batch]], may_open: Mapping[str, Tensor]
+) -> dict[str, _Seen]:
+    """What there is to learn from, with all gates open that may be."""
     gates = decoupling.plan.gates
     last = {gate.name: gate.ends[-1] for gate in gates}
     inputs: dict[str, list[Tensor]] = {gate.name: [] for gate in gates}
@@ -105,7 +121,7 @@ def _look(model: nn.Module, decoupling: Decoupling, views: Iterable[Iterable[Bat
         for gate in gates:
             hook = _controller(decoupling, gate).register_forward_pre_hook(remember_input(gate))
             hooks.callback(hook.remove)
-        hooks.enter_context(decoupling.forced({gate.name: torch.ones(gate.n_filters) for gate in gates}))
+        hooks.enter_context(decoupling.forced({name: mask.float() for name, mask in may_open.items()}))
         for view in views:
             n_images = 0
             for x, _ in view:
@@ -294,7 +310,13 @@ def _deviance(g: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _compare(decoupling: Decoupling, seen: Mapping[str, _Seen], mean_worth: Tensor, target_macs: float) -> None:
+def _compare(
+    decoupling: Decoupling,
+    seen: Mapping[str, _Seen],
+    mean_worth: Tensor,
+    may_open: Mapping[str, Tensor],
+    target_macs: float,
+) -> None:
     """Turn predictions into logits: add what a filter is worth in the mean, subtract the threshold of all gates."""
     gates = decoupling.plan.gates
     chosen = _spread(len(seen[gates[0].name].s))
@@ -304,11 +326,12 @@ def _compare(decoupling: Decoupling, seen: Mapping[str, _Seen], mean_worth: Tens
         controller.fc2.bias += part.to(controller.fc2.bias)
         with eval_mode(controller):
             logits.append(controller.decide(seen[gate.name].s[chosen]).cpu())
-    threshold = _threshold(decoupling, torch.cat(logits, 1), target_macs)
+    threshold = _threshold(decoupling, torch.cat(logits, 1), torch.cat(list(may_open.values())), target_macs)
     for gate in gates:
-        fc2 = _controller(decoupling, gate).fc2
+        fc2, closed = _controller(decoupling, gate).fc2, ~may_open[gate.name]
         fc2.bias.sub_(threshold).mul_(PER_NEPER)
         fc2.weight.mul_(PER_NEPER)
+        fc2.bias[closed], fc2.weight[closed] = _CLOSED, 0.0
 
 
 def _spread(n: int) -> Tensor:
@@ -316,12 +339,13 @@ def _spread(n: int) -> Tensor:
     return torch.linspace(0, n - 1, min(n, _N_COUNTED)).long()
 
 
-def _threshold(decoupling: Decoupling, logits: Tensor, target_macs: float) -> float:
+def _threshold(decoupling: Decoupling, logits: Tensor, may_open: Tensor, target_macs: float) -> float:
     """The least above which gates execute at most so much, mean over images; the highest logit if none does."""
     low, high = float(logits.min()) - 1, float(logits.max())
     for _ in range(_N_HALVINGS):
         middle = (low + high) / 2
-        share = float(decoupling.costs.executed((logits > middle).double()).mean()) / decoupling.costs.n_dense
+        is_open = (logits > middle) & may_open
+        share = float(decoupling.costs.executed(is_open.double()).mean()) / decoupling.costs.n_dense
         low, high = (low, middle) if share <= target_macs else (middle, high)
     return high
 

@@ -131,10 +131,13 @@ class DecouplingRecipe(Recipe):
             ``predict_worth``).
         start_rounds: In how many shares the filters of least importance are closed, what is left being judged anew
             after each. More cost as many passes over ``norm_batches``, and the answers start nearer to the teacher's.
-        reconstruct: Fit the weights to what starts closed, so that layers return what they did before (see
-            ``Reconstruction``); on at most 512 of the images, as they are. Short runs then go best with controllers
-            that move little, such as ``gate_lr_factor=2``.
-        trained: Which parameters learn: all, gates and the affine parameters of norms, or gates alone.
+        reconstruct: Fit the weights to filters that start closed for every image, so that layers return what they did
+            before (see ``Reconstruction``); on at most 512 of the images, as they are. Short runs then go best with
+            controllers that move little, such as ``gate_lr_factor=2``.
+        image_reduction: If gates start from "prediction" and ``reconstruct`` is set: the factor, at least 1, by which
+            the MACs fall through filters that each image closes for itself. For the rest of the way to the target
+            filters close for every image; to these the weights are fitted.
+        trained: Which parameters learn in the epochs: all, gates and the affine parameters of norms, or gates alone.
         norm_batches: Batches from which the norms' statistics are estimated again at the end, with binary gates.
         calibrate: Shift all thresholds at the end, so that the executed MACs of training images meet a MAC target.
             This, and the steering on the way, looks at images without augmentation; those of a loader are taken as they
@@ -156,6 +159,7 @@ class DecouplingRecipe(Recipe):
     start: Start = "open"
     start_rounds: int = 1
     reconstruct: bool = False
+    image_reduction: float = 1.15
     trained: Trained = "all"
     norm_batches: int = 50
     calibrate: bool = True
@@ -170,16 +174,18 @@ class DecouplingRecipe(Recipe):
             raise ValueError(
                 f"{type(self).__name__}: start={self.start!r}; 'open', 'importance' or 'prediction' wanted"
             )
-        if self.start_rounds > 1 and self.start != "importance":
+        if self.start_rounds > 1 and self.start != "importance" and not self.reconstruct:
             raise ValueError(
-                f"{type(self).__name__}: start_rounds={self.start_rounds} with start={self.start!r}; only filters "
-                "closed by start='importance' close in rounds"
+                f"{type(self).__name__}: start_rounds={self.start_rounds} with start={self.start!r}; only filters that "
+                "close for every image close in rounds: start='importance' wanted, or 'prediction' with "
+                "reconstruct=True"
             )
-        if self.reconstruct and (self.start != "importance" or self.trained != "all"):
+        if not self.image_reduction >= 1:
+            raise ValueError(f"{type(self).__name__}: image_reduction={self.image_reduction}; a factor >= 1 wanted")
+        if self.reconstruct and self.start == "open":
             raise ValueError(
-                f"{type(self).__name__}: reconstruct=True fits all weights to filters that start closed for every "
-                f"image; start='importance' and trained='all' wanted, start={self.start!r} and "
-                f"trained={self.trained!r} given"
+                f"{type(self).__name__}: reconstruct=True fits the weights to filters that start closed for every "
+                "image; start='importance' or 'prediction' wanted, start='open' given"
             )
 
     def is_hard(self, progress: float) -> bool:

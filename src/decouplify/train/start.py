@@ -44,19 +44,30 @@ def begin(model: nn.Module, batches: Batches, recipe: DecouplingRecipe, target_m
             f"decouple: start={recipe.start!r} needs a target in MACs; target={recipe.target!r} given, '2.0x' for "
             "instance wanted"
         )
-    if recipe.start == "prediction":
-        _predict(model, batches, recipe.norm_batches, target_macs)
+    if recipe.start == "importance":
+        _close(model, batches, recipe, target_macs)
         return
+    closed: dict[str, Tensor] = {}
+    left_for_all = target_macs * recipe.image_reduction
+    if recipe.reconstruct and left_for_all < 1:
+        closed = _close(model, batches, recipe, left_for_all)
+    _predict(model, batches, recipe.norm_batches, target_macs, closed)
+
+
+def _close(model: nn.Module, batches: Batches, recipe: DecouplingRecipe, target_macs: float) -> dict[str, Tensor]:
+    """Close filters for all images, as many as meet the target, and fit the weights to what is left if asked to."""
     n = recipe.norm_batches
     closed = close_in_rounds(model, lambda: islice(batches.epoch(0), n), target_macs, recipe.start_rounds)
     if recipe.reconstruct:
         images = torch.cat(_as_they_are(batches, math.ceil(_N_RECONSTRUCTED / recipe.batch_size)))[:_N_RECONSTRUCTED]
         Reconstruction(model, images)({name: (~mask).float() for name, mask in closed.items()})
+    return closed
 
 
-def _predict(model: nn.Module, batches: Batches, n: int, target_macs: float) -> None:
-    important = importance(model, islice(batches.epoch(0, augmented=False), n))
-    predict_worth(model, _views(batches, n), important, target_macs)
+def _predict(model: nn.Module, batches: Batches, n: int, target_macs: float, closed: dict[str, Tensor]) -> None:
+    """Of the filters that are left, close for each image those that matter least for it."""
+    important = importance(model, islice(batches.epoch(0, augmented=False), n), closed=closed)
+    predict_worth(model, _views(batches, n), important, target_macs, closed)
     images, together = _as_they_are(batches, min(n, _N_CALIBRATED)), dist.is_initialized()
     calibrate(model, images, target_macs, _FARTHEST, across_processes=together)
 
