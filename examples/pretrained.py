@@ -70,6 +70,7 @@ def main() -> None:
         return
 
     how = KEPT_WEIGHTS if args.keep_weights else FITTED_WEIGHTS
+    print("finding out what each filter is worth for each image takes minutes; the epochs follow")
     learn_gates(model, train_x, args.epochs, args.lr, args.target, how)
     after = logits_of(model, test_x)
     macs = decouplify.count_macs(model, test_x[:100])

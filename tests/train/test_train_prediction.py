@@ -346,6 +346,12 @@ def test_bad_requests_are_refused_and_change_nothing(resnet: nn.Module, images: 
         predict_worth(resnet, [[(images, None)]], important, 1.5)
     with pytest.raises(ValueError, match="fewer than 4 images"):
         predict_worth(resnet, [[(images[:3], None)]], important, 0.5)
+    name, mask = "layer2.0.conv1", torch.zeros(8, dtype=torch.bool)
+    for closed in ({name: mask[:7]}, {name: mask.float()}):
+        with pytest.raises(ValueError, match=rf"closed\['{name}'\] is torch\..*booleans of shape \(8,\) wanted"):
+            predict_worth(resnet, [[(images, None)]], important, 0.5, closed)
+    with pytest.raises(ValueError, match=r"closed has 'other', which is no gate; the gates are layer2\.0\.conv1"):
+        predict_worth(resnet, [[(images, None)]], important, 0.5, {"other": mask})
     with pytest.raises(ValueError, match="not wrapped"):
         predict_worth(CifarResNet(1), [[(images, None)]], important, 0.5)
     with pytest.raises(NonFiniteError, match=r"gate 'layer2\.0\.conv1'"):

@@ -76,7 +76,8 @@ def predict_worth(
             ``close_in_rounds`` has them; the others are judged without these. None: each image may open all.
 
     Raises:
-        ValueError: If the model is not wrapped, there are fewer than 4 images, or the target is not in (0, 1].
+        ValueError: If the model is not wrapped, there are fewer than 4 images, the target is not in (0, 1], or
+            ``closed`` does not fit the gates.
         NonFiniteError: If the network returns infinite or undefined features.
     """
     if not 0 < target_macs <= 1:
@@ -96,6 +97,14 @@ def predict_worth(
 def _may_open(decoupling: Decoupling, closed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By gate, which filters some image may open, booleans of shape (K,)."""
     none = {gate.name: torch.zeros(gate.n_filters, dtype=torch.bool) for gate in decoupling.plan.gates}
+    for name, mask in closed.items():
+        if name not in none:
+            raise ValueError(f"predict_worth: closed has {name!r}, which is no gate; the gates are {', '.join(none)}")
+        if mask.shape != none[name].shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"predict_worth: closed[{name!r}] is {mask.dtype} of shape {tuple(mask.shape)}; booleans of shape "
+                f"({len(none[name])},) wanted"
+            )
     return {name: ~closed.get(name, nothing).cpu() for name, nothing in none.items()}
 
 
