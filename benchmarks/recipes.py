@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accuracy import AT_TWINS_RATE, INNER, USUAL, slice_blocks, top1_on_other_paths
-from label_free import read
+from label_free import BOTH, read
 from recipes_page import RESULTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -43,7 +43,6 @@ FROM_IMPORTANCE = {"start": "importance", "ramp_share": 0.0, "hard_share": 1.0}
 FEATURES = {"features": "layer[123]"}
 A_QUARTER = {**AT_TWINS_RATE, "target": "3.87x"}
 NO_INFORMATION = {"mutual_information": 0.0, "kl": 0.0}
-FROM_BOTH = {"start": "prediction", "start_rounds": 4, "reconstruct": True}
 GATES_ALONE = {
     **FROM_IMPORTANCE,
     **NO_INFORMATION,
@@ -91,7 +90,7 @@ ROWS = {
     "inner, network at 0.2, features": Row("decoupled", changes={**AT_TWINS_RATE, **FEATURES}, wrapping=INNER),
     "gates alone from importance, 1.5x": Row("decoupled", 2, changes=GATES_ALONE),
     "gates alone from prediction, 1.5x": Row("decoupled", 2, changes={**GATES_ALONE, "start": "prediction"}),
-    "gates alone from both, 1.5x": Row("decoupled", 2, changes={**GATES_ALONE, **FROM_BOTH}),
+    "gates alone from both, 1.5x": Row("decoupled", 2, changes={**GATES_ALONE, **BOTH}),
     "inner from prediction": Row("decoupled", changes={**FROM_IMPORTANCE, "start": "prediction"}, wrapping=INNER),
 }
 
