@@ -136,7 +136,8 @@ class DecouplingRecipe(Recipe):
             controllers that move little, such as ``gate_lr_factor=2``.
         image_reduction: If gates start from "prediction" and ``reconstruct`` is set: the factor, at least 1, by which
             the MACs fall through filters that each image closes for itself. For the rest of the way to the target
-            filters close for every image; to these the weights are fitted.
+            filters close for every image; to these the weights are fitted. If the target is no more than this factor,
+            none close for every image, and nothing is fitted.
         trained: Which parameters learn in the epochs: all, gates and the affine parameters of norms, or gates alone.
         norm_batches: Batches from which the norms' statistics are estimated again at the end, with binary gates.
         calibrate: Shift all thresholds at the end, so that the executed MACs of training images meet a MAC target.

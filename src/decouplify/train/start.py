@@ -31,7 +31,7 @@ def begin(model: nn.Module, batches: Batches, recipe: DecouplingRecipe, target_m
     Args:
         model: A wrapped model whose controllers are new.
         batches: What it will be trained on.
-        recipe: See ``start`` and ``reconstruct`` there.
+        recipe: See ``start``, ``start_rounds``, ``reconstruct`` and ``image_reduction`` there.
         target_macs: Share of the dense MACs that shall be executed.
 
     Raises:
